@@ -1,0 +1,359 @@
+// The operators: checks, allocation and dispatch, once for every backend. A kernel that starts here gets
+// arguments that are right; whatever is wrong with them is said before anything is allocated or written.
+#include "ops.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <c10/util/accumulate.h>
+#include <torch/library.h>
+
+#include "cpu/cpu.h"
+#include "kernels/params.h"
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "kernels/launch.h"
+#endif
+
+namespace lnc {
+namespace {
+
+using at::IntArrayRef;
+using at::ScalarType;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- backends -------------------------------------------------------------------------------------------------
+
+void parallel_for(int64_t count, int64_t grain, cpu::Task task, void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { task(context, begin, end); });
+}
+
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  return bytes == 0 ? Tensor() : at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+void* data(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+void check(cudaError_t status, const char* name) {
+  TORCH_CHECK(status == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(status), " (",
+              cudaGetErrorName(status), "). Run with CUDA_LAUNCH_BLOCKING=1 to see which call it belongs to.");
+}
+#endif
+
+void run(ForwardParams& p, const Tensor& input, const char* name) {
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+  if (input.is_cuda()) {
+    const auto& device = cuda::current_device_traits();
+    Tensor scratch = workspace(input, cuda::forward_workspace(p, device));
+    p.workspace = data(scratch);
+    return check(cuda::forward(p, device, c10::cuda::getCurrentCUDAStream()), name);
+  }
+#endif
+  Tensor scratch = workspace(input, cpu::forward_workspace(p));
+  p.workspace = data(scratch);
+  cpu::forward(p, parallel_for);
+}
+
+void run(BackwardParams& p, const Tensor& input, const char* name) {
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+  if (input.is_cuda()) {
+    const auto& device = cuda::current_device_traits();
+    Tensor scratch = workspace(input, cuda::backward_workspace(p, device));
+    p.workspace = data(scratch);
+    return check(cuda::backward(p, device, c10::cuda::getCurrentCUDAStream()), name);
+  }
+#endif
+  Tensor scratch = workspace(input, cpu::backward_workspace(p));
+  p.workspace = data(scratch);
+  cpu::backward(p, parallel_for);
+}
+
+// The tensor's own device is the current one while its kernels are launched.
+struct DeviceGuard {
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+  c10::cuda::OptionalCUDAGuard guard;
+  explicit DeviceGuard(const Tensor& t) {
+    if (t.is_cuda()) guard.set_index(t.get_device());
+  }
+#else
+  explicit DeviceGuard(const Tensor&) {}
+#endif
+};
+
+// ---- dtypes ---------------------------------------------------------------------------------------------------
+
+DType dtype_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      return DType::f32;
+  }
+}
+
+bool is_supported(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Double;
+}
+
+ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// The dtype in which the kernel reads weight and bias: their own where such a kernel exists, else the
+// accumulation type, to which [cols] elements are then converted.
+ScalarType param_type(ScalarType input, ScalarType output, std::optional<ScalarType> weight,
+                      std::optional<ScalarType> bias) {
+  ScalarType wide = accumulate_type(input);
+  bool narrow = (!weight || *weight == input) && (!bias || *bias == input) && (weight || bias);
+  return narrow && output == input ? input : wide;
+}
+
+// ---- shapes ---------------------------------------------------------------------------------------------------
+
+struct Problem {
+  const char* name;
+  int64_t rows, cols;
+  size_t leading;  // number of dimensions before normalized_shape
+};
+
+const char* name_of(bool rms, bool residual) {
+  return residual ? rms ? "add_rms_norm" : "add_layer_norm" : rms ? "rms_norm" : "layer_norm";
+}
+
+Problem check_input(const char* name, const Tensor& input, IntArrayRef shape) {
+  TORCH_CHECK(!shape.empty(), name, ": expected normalized_shape to have at least one dimension, got ()");
+  auto sizes = input.sizes();
+  size_t leading = sizes.size() - shape.size();
+  TORCH_CHECK(sizes.size() >= shape.size() && sizes.slice(leading) == shape, name, ": given normalized_shape=", shape,
+              ", expected input with shape [*", [&] {
+                std::string list;
+                for (int64_t n : shape) list += ", " + std::to_string(n);
+                return list;
+              }(),
+              "], but got input of size ", sizes);
+  TORCH_CHECK_NOT_IMPLEMENTED(is_supported(input.scalar_type()), name, ": not implemented for '",
+                              toString(input.scalar_type()),
+                              "'; expected input of dtype float64, float32, float16 or bfloat16");
+  TORCH_CHECK(input.layout() == at::kStrided, name, ": expected a dense (strided) input, got layout ", input.layout());
+  return {name, c10::multiply_integers(sizes.slice(0, leading)), c10::multiply_integers(shape), leading};
+}
+
+void check_param(const Problem& p, const char* what, const OptionalTensor& t, const Tensor& input, IntArrayRef shape) {
+  if (!t) return;
+  TORCH_CHECK(t->sizes() == shape, p.name, ": ", what, " has shape ", t->sizes(), ", expected ", shape,
+              " to match normalized_shape");
+  TORCH_CHECK(t->device() == input.device(), p.name, ": ", what, " is on ", t->device(),
+              ", expected all tensors to be on the same device as input, ", input.device());
+  TORCH_CHECK_NOT_IMPLEMENTED(is_supported(t->scalar_type()), p.name, ": not implemented for '",
+                              toString(t->scalar_type()), "'; expected ", what,
+                              " of dtype float64, float32, float16 or bfloat16");
+}
+
+void check_like_input(const Problem& p, const char* what, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK(t.sizes() == input.sizes(), p.name, ": ", what, " has shape ", t.sizes(), ", expected ", input.sizes(),
+              " to match input");
+  TORCH_CHECK(t.device() == input.device(), p.name, ": ", what, " is on ", t.device(),
+              ", expected all tensors to be on the same device as input, ", input.device());
+}
+
+// A tensor of whose rows the kernel can walk, and how it does: the tensor itself when the elements of a row are
+// adjacent and its leading dimensions fold into two strides, else a contiguous copy.
+struct Rows {
+  Tensor tensor;
+  RowMap map;
+};
+
+Rows rows_of(const Tensor& t, const Problem& p) {
+  if (t.is_contiguous()) return {t, RowMap::contiguous(p.rows, p.cols)};
+  auto sizes = t.sizes();
+  auto strides = t.strides();
+  auto copy = [&] { return Rows{t.contiguous(), RowMap::contiguous(p.rows, p.cols)}; };
+  int64_t adjacent = 1;
+  for (size_t d = sizes.size(); d-- > p.leading;) {
+    if (sizes[d] != 1 && strides[d] != adjacent) return copy();
+    adjacent *= sizes[d];
+  }
+  int64_t size[2] = {1, 1}, stride[2] = {p.cols, 0};
+  int level = -1;
+  for (size_t d = p.leading; d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    if (level >= 0 && strides[d] == size[level] * stride[level]) {
+      size[level] *= sizes[d];
+    } else {
+      if (++level == 2) return copy();
+      size[level] = sizes[d];
+      stride[level] = strides[d];
+    }
+  }
+  return {t, {size[0], stride[0], stride[1]}};
+}
+
+Tensor contiguous_as(const Tensor& t, ScalarType dtype) { return t.to(dtype).contiguous(); }
+
+}  // namespace
+
+// ---- forward and backward -------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& input_, const OptionalTensor& residual_,
+                                                IntArrayRef normalized_shape, const OptionalTensor& weight,
+                                                const OptionalTensor& bias, double eps, bool rms, bool save_stats,
+                                                std::optional<ScalarType> dtype) {
+  Problem p = check_input(name_of(rms, residual_.has_value()), input_, normalized_shape);
+  check_param(p, "weight", weight, input_, normalized_shape);
+  check_param(p, "bias", bias, input_, normalized_shape);
+  Tensor input = input_, residual;
+  if (residual_) {
+    check_like_input(p, "residual", *residual_, input_);
+    TORCH_CHECK_NOT_IMPLEMENTED(is_supported(residual_->scalar_type()), p.name, ": not implemented for '",
+                                toString(residual_->scalar_type()), "'");
+    auto wider = c10::promoteTypes(input.scalar_type(), residual_->scalar_type());
+    input = input.to(wider);
+    residual = residual_->to(wider);
+  }
+  ScalarType type = input.scalar_type(), wide = accumulate_type(type), output_type = dtype.value_or(type);
+  TORCH_CHECK(output_type == type || output_type == wide, p.name, ": output dtype ", output_type, " for input of ",
+              type, "; expected ", type, " or ", wide);
+  auto type_of = [](const OptionalTensor& t) { return t ? std::optional(t->scalar_type()) : std::nullopt; };
+  ScalarType params = param_type(type, output_type, type_of(weight), type_of(bias));
+
+  DeviceGuard guard(input);
+  Rows x = rows_of(input, p), r;
+  if (residual.defined()) r = rows_of(residual, p);
+  Tensor w = weight ? contiguous_as(*weight, params) : Tensor(), b = bias ? contiguous_as(*bias, params) : Tensor();
+  auto options = input.options();
+  Tensor output = at::empty(input.sizes(), options.dtype(output_type)), sum, stats;
+  if (residual.defined()) sum = at::empty(input.sizes(), options);
+  if (save_stats) stats = at::empty({rms ? 1 : 2, p.rows}, options.dtype(wide));
+  if (output.numel() == 0) return {output, sum, stats};
+
+  ForwardParams params_{};
+  params_.input = data(x.tensor);
+  params_.residual = data(r.tensor);
+  params_.weight = data(w);
+  params_.bias = data(b);
+  params_.output = data(output);
+  params_.sum = data(sum);
+  params_.stats = data(stats);
+  params_.input_rows = x.map;
+  params_.residual_rows = r.map;
+  params_.rows = p.rows;
+  params_.cols = p.cols;
+  params_.eps = eps;
+  params_.dtype = dtype_of(type);
+  params_.param_dtype = dtype_of(params);
+  params_.output_dtype = dtype_of(output_type);
+  params_.norm = rms ? Norm::rms : Norm::layer;
+  run(params_, input, p.name);
+  return {output, sum, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, const OptionalTensor& grad_sum,
+                                                 const Tensor& input, IntArrayRef normalized_shape,
+                                                 const OptionalTensor& weight, const Tensor& stats, bool rms,
+                                                 std::array<bool, 3> output_mask,
+                                                 std::optional<ScalarType> bias_dtype) {
+  Problem p = check_input(rms ? "rms_norm_backward" : "layer_norm_backward", input, normalized_shape);
+  check_param(p, "weight", weight, input, normalized_shape);
+  check_like_input(p, "grad_output", grad_output, input);
+  if (grad_sum) check_like_input(p, "grad_sum", *grad_sum, input);
+  ScalarType type = input.scalar_type(), wide = accumulate_type(type);
+  TORCH_CHECK(stats.scalar_type() == wide && stats.numel() == (rms ? 1 : 2) * p.rows && stats.is_contiguous() &&
+                  stats.device() == input.device(),
+              p.name, ": stats must be what the forward saved: ", wide, " of shape [", rms ? 1 : 2, ", ", p.rows,
+              "] on ", input.device());
+  TORCH_CHECK(!output_mask[1] || weight, p.name, ": a gradient of weight was asked for but there is no weight");
+  ScalarType output_type = grad_output.scalar_type() == wide ? wide : type;
+  auto weight_dtype = weight ? std::optional(weight->scalar_type()) : std::nullopt;
+  ScalarType params = param_type(type, output_type, weight_dtype, output_mask[2] ? bias_dtype : std::nullopt);
+
+  DeviceGuard guard(input);
+  Rows x = rows_of(input, p), dy = rows_of(grad_output.to(output_type), p), ds;
+  if (grad_sum && output_mask[0]) ds = rows_of(grad_sum->to(type), p);
+  Tensor w = weight ? contiguous_as(*weight, params) : Tensor();
+  auto options = input.options();
+  Tensor dx, dw, db;
+  if (output_mask[0]) dx = at::empty(input.sizes(), options);
+  bool empty = input.numel() == 0;
+  auto make_param_grad = [&] {
+    return empty ? at::zeros(normalized_shape, options.dtype(params))
+                 : at::empty(normalized_shape, options.dtype(params));
+  };
+  if (output_mask[1]) dw = make_param_grad();
+  if (output_mask[2]) db = make_param_grad();
+  if (!empty && (output_mask[0] || output_mask[1] || output_mask[2])) {
+    BackwardParams params_{};
+    params_.grad_output = data(dy.tensor);
+    params_.grad_sum = data(ds.tensor);
+    params_.input = data(x.tensor);
+    params_.weight = data(w);
+    params_.stats = data(stats);
+    params_.grad_input = data(dx);
+    params_.grad_weight = data(dw);
+    params_.grad_bias = data(db);
+    params_.grad_output_rows = dy.map;
+    params_.grad_sum_rows = ds.map;
+    params_.input_rows = x.map;
+    params_.rows = p.rows;
+    params_.cols = p.cols;
+    params_.dtype = dtype_of(type);
+    params_.param_dtype = dtype_of(params);
+    params_.output_dtype = dtype_of(output_type);
+    params_.norm = rms ? Norm::rms : Norm::layer;
+    run(params_, input, p.name);
+  }
+  if (dw.defined()) dw = dw.to(*weight_dtype);
+  if (db.defined()) db = db.to(bias_dtype.value_or(wide));
+  return {dx, dw, db};
+}
+
+// ---- registration ---------------------------------------------------------------------------------------------
+
+namespace {
+
+// The dispatcher's operators return a tensor for every output: of no elements where nothing was asked for.
+std::tuple<Tensor, Tensor, Tensor> defined(std::tuple<Tensor, Tensor, Tensor> outputs, const Tensor& like) {
+  auto fill = [&](Tensor& t) {
+    if (!t.defined()) t = at::empty({0}, like.options());
+  };
+  std::apply([&](auto&... t) { (fill(t), ...); }, outputs);
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& residual,
+                                              IntArrayRef normalized_shape, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, double eps, bool rms, bool save_stats,
+                                              std::optional<ScalarType> dtype) {
+  return defined(norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype), input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const OptionalTensor& grad_sum,
+                                               const Tensor& input, IntArrayRef normalized_shape,
+                                               const OptionalTensor& weight, const Tensor& stats, bool rms,
+                                               std::array<bool, 3> output_mask, std::optional<ScalarType> bias_dtype) {
+  return defined(
+      norm_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype),
+      input);
+}
+
+TORCH_LIBRARY(layernorm_cuda, m) {
+  m.def(kForwardSchema, {at::Tag::pt2_compliant_tag});
+  m.def(kBackwardSchema, {at::Tag::pt2_compliant_tag});
+}
+
+void register_kernels(torch::Library& m) {
+  m.impl("norm_forward", forward_op);
+  m.impl("norm_backward", backward_op);
+}
+
+TORCH_LIBRARY_IMPL(layernorm_cuda, CPU, m) { register_kernels(m); }
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+TORCH_LIBRARY_IMPL(layernorm_cuda, CUDA, m) { register_kernels(m); }
+#endif
+
+}  // namespace
+}  // namespace lnc

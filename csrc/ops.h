@@ -1,0 +1,32 @@
+// The operators as C++ functions. Outputs that were not asked for are undefined tensors here (None in Python).
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace lnc {
+
+constexpr auto kForwardSchema =
+    "norm_forward(Tensor input, Tensor? residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, "
+    "bool rms, bool save_stats, ScalarType? dtype) -> (Tensor output, Tensor sum, Tensor stats)";
+constexpr auto kBackwardSchema =
+    "norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, SymInt[] normalized_shape, Tensor? weight, "
+    "Tensor stats, bool rms, bool[3] output_mask, ScalarType? bias_dtype) -> (Tensor grad_input, Tensor grad_weight, "
+    "Tensor grad_bias)";
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_forward(const at::Tensor& input,
+                                                            const std::optional<at::Tensor>& residual,
+                                                            at::IntArrayRef normalized_shape,
+                                                            const std::optional<at::Tensor>& weight,
+                                                            const std::optional<at::Tensor>& bias, double eps,
+                                                            bool rms, bool save_stats,
+                                                            std::optional<at::ScalarType> dtype);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_sum, const at::Tensor& input,
+    at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool rms,
+    std::array<bool, 3> output_mask, std::optional<at::ScalarType> bias_dtype);
+
+}  // namespace lnc

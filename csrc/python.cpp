@@ -1,0 +1,101 @@
+// pybind11: the operators without the dispatcher's argument parsing, and what was built.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/cpu.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace lnc {
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+// Whether a call may go straight to the kernels: dense tensors of a device we have kernels for, and no mode (fake
+// tensors, functorch, tracing) that would want to see the call in the dispatcher.
+bool is_plain(const Tensor& t) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet transparent{DispatchKey::Dense,        DispatchKey::AutogradFunctionality,
+                                            DispatchKey::AutocastCPU,  DispatchKey::AutocastCUDA,
+                                            DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView};
+  auto tls = c10::impl::tls_local_dispatch_key_set();
+  auto opaque = (t.key_set() | tls.included_) - tls.excluded_ - transparent;
+  return (opaque.raw_repr() & ~c10::full_backend_mask) == 0 && (t.is_cpu() || (kWithCuda && t.is_cuda()));
+}
+
+bool is_plain(const OptionalTensor& t) { return !t || is_plain(*t); }
+
+template <class Function, class... Args>
+Outputs dispatch(const char* name, Args&&... args) {
+  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+  return op.call(std::forward<Args>(args)...);
+}
+
+Outputs forward(const Tensor& input, const OptionalTensor& residual, at::IntArrayRef shape,
+                const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool save_stats,
+                std::optional<ScalarType> dtype) {
+  at::AutoDispatchBelowAutograd below_autograd;
+  if (is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias))
+    return norm_forward(input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
+  return dispatch<Outputs(const Tensor&, const OptionalTensor&, c10::SymIntArrayRef, const OptionalTensor&,
+                          const OptionalTensor&, double, bool, bool, std::optional<ScalarType>)>(
+      "layernorm_cuda::norm_forward", input, residual, c10::fromIntArrayRefSlow(shape), weight, bias, eps, rms,
+      save_stats, dtype);
+}
+
+Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input, at::IntArrayRef shape,
+                 const OptionalTensor& weight, const Tensor& stats, bool rms, std::array<bool, 3> output_mask,
+                 std::optional<ScalarType> bias_dtype) {
+  at::AutoDispatchBelowAutograd below_autograd;
+  if (is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) && is_plain(stats))
+    return norm_backward(grad_output, grad_sum, input, shape, weight, stats, rms, output_mask, bias_dtype);
+  return dispatch<Outputs(const Tensor&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef,
+                          const OptionalTensor&, const Tensor&, bool, std::array<bool, 3>, std::optional<ScalarType>)>(
+      "layernorm_cuda::norm_backward", grad_output, grad_sum, input, c10::fromIntArrayRefSlow(shape), weight, stats, rms,
+      output_mask, bias_dtype);
+}
+
+#ifndef LAYERNORM_CUDA_TORCH_VERSION
+#define LAYERNORM_CUDA_TORCH_VERSION "unknown"
+#endif
+#ifndef LAYERNORM_CUDA_CUDA_VERSION
+#define LAYERNORM_CUDA_CUDA_VERSION ""
+#endif
+#ifndef LAYERNORM_CUDA_ARCH_LIST
+#define LAYERNORM_CUDA_ARCH_LIST ""
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = LAYERNORM_CUDA_TORCH_VERSION;
+  info["cuda"] = kWithCuda ? py::object(py::str(LAYERNORM_CUDA_CUDA_VERSION)) : py::object(py::none());
+  info["cuda_architectures"] = LAYERNORM_CUDA_ARCH_LIST;
+  info["cpu_instruction_set"] = cpu::instruction_set();
+  return info;
+}
+
+}  // namespace
+}  // namespace lnc
+
+PYBIND11_MODULE(_C, m) {
+  namespace py = pybind11;
+  m.doc() = "layernorm_cuda's compiled operators";
+  m.def("norm_forward", lnc::forward);
+  m.def("norm_backward", lnc::backward);
+  m.def("build_info", lnc::build_info);
+  m.attr("forward_schema") = lnc::kForwardSchema;
+  m.attr("backward_schema") = lnc::kBackwardSchema;
+}

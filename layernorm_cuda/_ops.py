@@ -1,0 +1,145 @@
+"""The operators: the compiled module, or PyTorch operations in its place where it is missing.
+
+``norm_forward`` and ``norm_backward`` here skip the dispatcher's argument parsing; ``torch.ops.layernorm_cuda`` has
+the same two for ``torch.compile`` and everything else that works on operators.
+"""
+
+import math
+import warnings
+
+import torch
+
+from . import reference
+
+FORWARD_SCHEMA = (
+    "norm_forward(Tensor input, Tensor? residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, "
+    "bool rms, bool save_stats, ScalarType? dtype) -> (Tensor output, Tensor sum, Tensor stats)"
+)
+BACKWARD_SCHEMA = (
+    "norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, SymInt[] normalized_shape, Tensor? weight, "
+    "Tensor stats, bool rms, bool[3] output_mask, ScalarType? bias_dtype) -> (Tensor grad_input, Tensor grad_weight, "
+    "Tensor grad_bias)"
+)
+
+try:
+    from . import _C
+
+    load_error = None
+except ImportError as error:
+    _C = None
+    load_error = str(error)
+
+library = torch.library.Library("layernorm_cuda", "FRAGMENT")
+
+
+def check(name, input, normalized_shape, **others):
+    """The checks of csrc/ops.cpp that need no data, for the paths that do not pass through it."""
+    shape = tuple(normalized_shape)
+    if not shape:
+        raise RuntimeError(f"{name}: expected normalized_shape to have at least one dimension, got ()")
+    if tuple(input.shape[max(input.dim() - len(shape), 0) :]) != shape:
+        expected = ", ".join(["*", *map(str, shape)])
+        raise RuntimeError(
+            f"{name}: given normalized_shape={list(shape)}, expected input with shape [{expected}], "
+            f"but got input of size {list(input.shape)}"
+        )
+    if input.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise NotImplementedError(
+            f"{name}: not implemented for '{input.dtype}'; "
+            "expected input of dtype float64, float32, float16 or bfloat16"
+        )
+    for what, tensor in others.items():
+        if tensor is None:
+            continue
+        expected = tuple(input.shape) if what.startswith(("residual", "grad")) else shape
+        if tuple(tensor.shape) != expected:
+            source = "input" if what.startswith(("residual", "grad")) else "normalized_shape"
+            raise RuntimeError(
+                f"{name}: {what} has shape {tuple(tensor.shape)}, expected {expected} to match {source}"
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"{name}: {what} is on {tensor.device}, expected all tensors to be on the same device as input, "
+                f"{input.device}"
+            )
+
+
+def _name(rms, residual=None):
+    return ("add_" if residual is not None else "") + ("rms_norm" if rms else "layer_norm")
+
+
+def _python_forward(input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype):
+    check(_name(rms, residual), input, normalized_shape, residual=residual, weight=weight, bias=bias)
+    output, total, stats = reference.norm_forward(
+        input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype
+    )
+    return output, total if residual is not None else input.new_empty(0), stats if save_stats else input.new_empty(0)
+
+
+def _python_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype):
+    check(
+        _name(rms) + "_backward",
+        input,
+        normalized_shape,
+        weight=weight,
+        grad_output=grad_output,
+        grad_sum=grad_sum,
+    )
+    grads = reference.norm_backward(
+        grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype
+    )
+    return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
+
+
+if _C is not None:
+    norm_forward, norm_backward = _C.norm_forward, _C.norm_backward
+else:
+    library.define(FORWARD_SCHEMA)
+    library.define(BACKWARD_SCHEMA)
+    library.impl("norm_forward", _python_forward, "CompositeExplicitAutograd")
+    library.impl("norm_backward", _python_backward, "CompositeExplicitAutograd")
+
+    def _below_autograd(operator):
+        def call(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+
+        return call
+
+    norm_forward = _below_autograd(torch.ops.layernorm_cuda.norm_forward)
+    norm_backward = _below_autograd(torch.ops.layernorm_cuda.norm_backward)
+    warnings.warn(
+        "layernorm_cuda: the compiled module could not be loaded, plain PyTorch operations are used in its place "
+        f"(right, but not fast): {load_error}. Rebuild with: pip install --no-build-isolation --force-reinstall .",
+        stacklevel=2,
+    )
+
+
+@torch.library.register_fake("layernorm_cuda::norm_forward", lib=library)
+def _fake_forward(input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype):
+    check(_name(rms, residual), input, normalized_shape, residual=residual, weight=weight, bias=bias)
+    sum_dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    shape, none = input.shape, input.new_empty(0)
+    output = input.new_empty(shape, dtype=dtype or sum_dtype)
+    sum_ = none if residual is None else input.new_empty(shape, dtype=sum_dtype)
+    if not save_stats:
+        return output, sum_, none.clone()
+    rows = math.prod(shape[: len(shape) - len(normalized_shape)])
+    wide = reference.accumulate_dtype(sum_dtype)
+    return output, sum_, input.new_empty((1 if rms else 2, rows), dtype=wide)
+
+
+@torch.library.register_fake("layernorm_cuda::norm_backward", lib=library)
+def _fake_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype):
+    grad_input = input.new_empty(input.shape if output_mask[0] else 0)
+    grad_weight = input.new_empty(normalized_shape, dtype=weight.dtype) if output_mask[1] else input.new_empty(0)
+    dtype = bias_dtype or reference.accumulate_dtype(input.dtype)
+    grad_bias = input.new_empty(normalized_shape, dtype=dtype) if output_mask[2] else input.new_empty(0)
+    return grad_input, grad_weight, grad_bias
+
+
+def device_types() -> frozenset[str]:
+    """Devices whose tensors our operators take; all others go to PyTorch's own."""
+    if _C is None:
+        return frozenset({"cpu", "cuda", "meta"})
+    return frozenset({"cpu", "meta"} | ({"cuda"} if _C.build_info()["cuda"] else set()))

@@ -1,0 +1,194 @@
+"""The functions: ``torch.nn.functional``'s, by our operators."""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _ops
+from .functions import NormFunction, apply
+
+_DEVICES = _ops.device_types()
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalisation over the last dimensions of ``input``; as :func:`torch.nn.functional.layer_norm`.
+
+    ``(x - mean) / sqrt(var + eps) * weight + bias`` with mean and biased variance of each row
+    (Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450).
+
+    Args:
+        input: ``[*, *normalized_shape]``, any strides; float64, float32, float16 or bfloat16.
+        normalized_shape: the last dimensions of ``input``, over which each row is normalised.
+        weight: ``[*normalized_shape]`` or None for ones; any of the four dtypes, not necessarily that of ``input``.
+        bias: as ``weight``, or None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        A contiguous tensor of ``input``'s shape and dtype (float32 under CUDA autocast, as native's).
+
+    Raises:
+        RuntimeError: ``normalized_shape``, ``weight`` or ``bias`` do not fit ``input``, or lie on another device.
+        NotImplementedError: a dtype that is not one of the four.
+        TypeError: an argument of the wrong type.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        arguments = dict(weight=weight, bias=bias, eps=eps)
+        return handle_torch_function(layer_norm, (input, weight, bias), input, normalized_shape, **arguments)
+    try:
+        if not _is_ours(input):
+            return torch.layer_norm(input, normalized_shape, weight, bias, eps)
+        return _norm(input, None, normalized_shape, weight, bias, eps, False)[0]
+    except (TypeError, AttributeError):
+        _explain("layer_norm", normalized_shape, eps, input=input, weight=weight, bias=bias)
+        raise
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """RMS normalisation over the last dimensions of ``input``; as :func:`torch.nn.functional.rms_norm`.
+
+    ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang, Sennrich 2019, https://arxiv.org/abs/1910.07467). Arguments,
+    result and errors are those of :func:`layer_norm`; ``eps=None`` is the machine epsilon of ``input``'s dtype.
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
+    try:
+        if not _is_ours(input):
+            return torch.rms_norm(input, normalized_shape, weight, eps)
+        return _norm(input, None, normalized_shape, weight, None, _rms_eps(input, eps), True)[0]
+    except (TypeError, AttributeError):
+        _explain("rms_norm", normalized_shape, 0.0 if eps is None else eps, input=input, weight=weight)
+        raise
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``sum = input + residual`` and ``output = layer_norm(sum)`` in one pass; returns ``(output, sum)``.
+
+    ``residual`` has the shape of ``input``; where their dtypes differ, both take the wider one, as in an addition.
+    The other arguments and the errors are those of :func:`layer_norm`.
+    """
+    if has_torch_function_variadic(input, residual, weight, bias):
+        tensors = (input, residual, weight, bias)
+        arguments = dict(weight=weight, bias=bias, eps=eps)
+        return handle_torch_function(add_layer_norm, tensors, input, residual, normalized_shape, **arguments)
+    try:
+        if not _is_ours(input):
+            total = input + residual
+            return torch.layer_norm(total, normalized_shape, weight, bias, eps), total
+        return _norm(input, residual, normalized_shape, weight, bias, eps, False)
+    except (TypeError, AttributeError):
+        _explain("add_layer_norm", normalized_shape, eps, input=input, residual=residual, weight=weight, bias=bias)
+        raise
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sum = input + residual`` and ``output = rms_norm(sum)`` in one pass; returns ``(output, sum)``.
+
+    Arguments are those of :func:`add_layer_norm` and :func:`rms_norm`.
+    """
+    if has_torch_function_variadic(input, residual, weight):
+        tensors = (input, residual, weight)
+        return handle_torch_function(
+            add_rms_norm, tensors, input, residual, normalized_shape, weight=weight, eps=eps
+        )
+    try:
+        if not _is_ours(input):
+            total = input + residual
+            return torch.rms_norm(total, normalized_shape, weight, eps), total
+        return _norm(input, residual, normalized_shape, weight, None, _rms_eps(input, eps), True)
+    except (TypeError, AttributeError):
+        eps = 0.0 if eps is None else eps
+        _explain("add_rms_norm", normalized_shape, eps, input=input, residual=residual, weight=weight)
+        raise
+
+
+def _norm(input, residual, normalized_shape, weight, bias, eps, rms):
+    """(output, sum): through the Function when a derivative may be asked for, else straight to the operator."""
+    dtype = None
+    if input.is_cuda and input.dtype in _HALF and torch.is_autocast_enabled("cuda"):
+        dtype = torch.float32
+    differentiable = (
+        torch.is_grad_enabled()
+        and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+    ) or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        operator = torch.ops.layernorm_cuda.norm_forward
+        outputs = operator(
+            input, residual, normalized_shape, weight, bias, eps, rms, differentiable, dtype
+        )
+    elif differentiable or torch.autograd.forward_ad._current_level >= 0:
+        outputs = apply(
+            NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype
+        )
+    else:
+        outputs = _ops.norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, False, dtype)
+    return outputs[0], outputs[1]
+
+
+def _rms_eps(input, eps):
+    return torch.finfo(input.dtype).eps if eps is None else eps
+
+
+def _is_ours(input):
+    """Whether our operators take this tensor; PyTorch's own take the rest (nested, other devices)."""
+    kind = input.device.type
+    if kind in _DEVICES and input.layout is torch.strided and not input.is_nested:
+        return True
+    if kind == "cuda":
+        _warn_no_cuda()
+    return False
+
+
+@cache
+def _warn_no_cuda():
+    reason = _ops.load_error or "it was built for the CPU only"
+    warnings.warn(
+        f"layernorm_cuda: no CUDA kernels in this installation ({reason}); PyTorch's own kernel runs in their place. "
+        "To build them: LAYERNORM_CUDA_BUILD=on pip install --no-build-isolation --force-reinstall --no-deps .",
+        stacklevel=4,
+    )
+
+
+def _explain(name, normalized_shape, eps, **tensors):
+    """Raises the TypeError that says which argument is of the wrong type, if one is."""
+    for what, value in tensors.items():
+        if not isinstance(value, Tensor) and (value is not None or what in ("input", "residual")):
+            raise TypeError(f"{name}: {what} must be a Tensor, not {type(value).__name__}") from None
+    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
+        kind = type(normalized_shape).__name__
+        raise TypeError(f"{name}: normalized_shape must be a tuple of ints, not {kind}; for one dimension, (n,)") from None
+    for size in normalized_shape:
+        if not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"{name}: normalized_shape must be a tuple of ints, got a {type(size).__name__} in it") from None
+    if not isinstance(eps, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: eps must be a number, not {type(eps).__name__}") from None
