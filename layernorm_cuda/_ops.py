@@ -10,6 +10,7 @@ import warnings
 import torch
 
 from . import reference
+from ._extension import _C, REBUILD, load_error
 
 FORWARD_SCHEMA = (
     "norm_forward(Tensor input, Tensor? residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, "
@@ -20,14 +21,6 @@ BACKWARD_SCHEMA = (
     "Tensor stats, bool rms, bool[3] output_mask, ScalarType? bias_dtype) -> (Tensor grad_input, Tensor grad_weight, "
     "Tensor grad_bias)"
 )
-
-try:
-    from . import _C
-
-    load_error = None
-except ImportError as error:
-    _C = None
-    load_error = str(error)
 
 library = torch.library.Library("layernorm_cuda", "FRAGMENT")
 
@@ -110,7 +103,7 @@ else:
     norm_backward = _below_autograd(torch.ops.layernorm_cuda.norm_backward)
     warnings.warn(
         "layernorm_cuda: the compiled module could not be loaded, plain PyTorch operations are used in its place "
-        f"(right, but not fast): {load_error}. Rebuild with: pip install --no-build-isolation --force-reinstall .",
+        f"(right, but not fast): {load_error}. {REBUILD}",
         stacklevel=2,
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _ops
+from . import _extension, _ops
 from .functions import NormFunction, apply
 
 _DEVICES = _ops.device_types()
@@ -171,7 +171,7 @@ def _is_ours(input):
 
 @cache
 def _warn_no_cuda():
-    reason = _ops.load_error or "it was built for the CPU only"
+    reason = _extension.without_cuda or "it was built for the CPU only"
     warnings.warn(
         f"layernorm_cuda: no CUDA kernels in this installation ({reason}); PyTorch's own kernel runs in their place. "
         "To build them: LAYERNORM_CUDA_BUILD=on pip install --no-build-isolation --force-reinstall --no-deps .",
