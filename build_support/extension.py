@@ -61,9 +61,8 @@ def sources(*patterns: str) -> list[str]:
 
 
 def cpu_kernels() -> str:
-    """The instruction sets that csrc/cpu has a translation unit for, as in its file names."""
-    stems = {Path(source).stem.rpartition("_")[2] for source in sources("csrc/cpu/*.cpp")}
-    names = [name for name in ("baseline", "avx2", "avx512", "neon") if name in stems]
+    """The instruction sets that csrc/cpu has a file for."""
+    names = [name for name in ("baseline", "avx2", "avx512", "avx512_bf16", "neon") if sources(f"csrc/cpu/{name}.cpp")]
     return " ".join(names or [platform.machine()])
 
 

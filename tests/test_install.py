@@ -8,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import extension
 import pytest
+import toolkit
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "build_support"))
-
-import extension
-import toolkit
-
 NVCC_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
 NVCC_118 = "50 52 53 60 61 62 70 72 75 80 86 87 89 90"
 
