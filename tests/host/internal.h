@@ -77,6 +77,7 @@ std::string describe(const Thread&);
 
 // memory.cpp
 extern bool watching;  // the kernels are instrumented
+std::string name_of(void (*kernel)());
 bool prepare_memory(const Launch&);
 void start_cluster();
 void flush(Warp&);   // accounts for the lanes' logs

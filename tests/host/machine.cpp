@@ -1,12 +1,9 @@
 // Fibers, their meetings and the launch.
 #include "machine.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <mutex>
 #include <numeric>
 
@@ -303,16 +300,6 @@ bool reserve_stacks(size_t count) {
   return stacks != nullptr;
 }
 
-std::string kernel_name(void (*kernel)()) {
-  Dl_info info;
-  if (!dladdr(reinterpret_cast<void*>(kernel), &info) || !info.dli_sname) return "?";
-  int status;
-  char* text = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  const std::string name = status == 0 ? text : info.dli_sname;
-  std::free(text);
-  return name;
-}
-
 const char* invalid(const Launch& l) {
   const uint64_t threads = uint64_t{l.block.x} * l.block.y * l.block.z;
   if (threads == 0 || threads > 1024) return "a block has 1 to 1024 threads";
@@ -486,7 +473,7 @@ cudaError_t launch(const Launch& l) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   machine.launch = l;
-  machine.kernel = kernel_name(l.kernel);
+  machine.kernel = name_of(l.kernel);
   if (const char* why = invalid(l)) {
     record("invalid launch", why, nullptr);
     return cudaErrorInvalidConfiguration;

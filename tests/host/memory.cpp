@@ -2,12 +2,14 @@
 //
 // The kernels are compiled with -fsanitize=thread for the calls it inserts before each access; this file,
 // not libtsan, answers them.
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -62,6 +64,7 @@ size_t static_room, region_bytes, regions, dynamic_bytes;
 char* shared = nullptr;
 SharedCell* shared_cells = nullptr;
 uintptr_t module_begin, module_end;
+std::unordered_map<uintptr_t, std::string> functions;  // mangled names
 constexpr uint32_t nothing = ~0u;
 
 void add_variable(uint64_t offset, uint64_t size, std::string name) {
@@ -75,10 +78,18 @@ void add_variable(uint64_t offset, uint64_t size, std::string name) {
   std::fill(variable_at.begin() + offset / 4, variable_at.begin() + (offset + size + 3) / 4, n);
 }
 
-// The module's thread-local variables, from the symbol table of its own file.
-void find_variables() {
+std::string demangled(const std::string& name) {
+  int status;
+  char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+  std::string result = status == 0 ? text : name;
+  std::free(text);
+  return result;
+}
+
+// The module's thread-local variables and functions, from the symbol table of its own file.
+void read_symbols() {
   Dl_info info;
-  dladdr(reinterpret_cast<void*>(&find_variables), &info);
+  dladdr(reinterpret_cast<void*>(&read_symbols), &info);
   std::ifstream file(info.dli_fname, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(file), {}};
   const auto* elf = reinterpret_cast<const Elf64_Ehdr*>(bytes.data());
@@ -93,9 +104,13 @@ void find_variables() {
     if (sections[i].sh_type != SHT_SYMTAB) continue;
     const auto* symbols = reinterpret_cast<const Elf64_Sym*>(bytes.data() + sections[i].sh_offset);
     const char* names = bytes.data() + sections[sections[i].sh_link].sh_offset;
-    for (size_t s = 0; s < sections[i].sh_size / sizeof(Elf64_Sym); ++s)
-      if (ELF64_ST_TYPE(symbols[s].st_info) == STT_TLS && symbols[s].st_shndx != SHN_UNDEF && symbols[s].st_size > 0)
-        add_variable(symbols[s].st_value, symbols[s].st_size, names + symbols[s].st_name);
+    for (size_t s = 0; s < sections[i].sh_size / sizeof(Elf64_Sym); ++s) {
+      const Elf64_Sym& symbol = symbols[s];
+      if (symbol.st_shndx == SHN_UNDEF || symbol.st_size == 0) continue;
+      const char* name = names + symbol.st_name;
+      if (ELF64_ST_TYPE(symbol.st_info) == STT_TLS) add_variable(symbol.st_value, symbol.st_size, demangled(name));
+      if (ELF64_ST_TYPE(symbol.st_info) == STT_FUNC) functions[module_begin + symbol.st_value] = name;
+    }
   }
   region_bytes = (static_room + dynamic_room + 2 * unit + 4095) / 4096 * 4096;
 }
@@ -251,7 +266,7 @@ void shared_access(Thread& t, uintptr_t address, uint32_t size, bool write, uint
     if (is_written && !ordered(t, machine.threads[c.writer], c.written))
       return race(write ? "write after write" : "read after write", t, where(), &machine.threads[c.writer], pc);
     if (!write) {
-      if (!is_written) return record("uninitialised", "read of " + where() + ", which no thread has written", &t, pc);
+      if (!is_written) record("uninitialised", "read of " + where() + ", which no thread has written", &t, pc);
       // Readers that all threads of the owning block know to be over need not be remembered.
       const bool fresh =
           c.read < machine.cluster_time || (c.read < machine.blocks[rank].synced && c.reader != several_blocks);
@@ -500,8 +515,13 @@ void order_lanes(Warp& warp, uint32_t mask) {
     std::copy(known, known + 32, warp.threads[__builtin_ctz(rest)].knows);
 }
 
+std::string name_of(void (*kernel)()) {
+  if (region_bytes == 0) read_symbols();
+  const auto known = functions.find(reinterpret_cast<uintptr_t>(kernel));
+  return known == functions.end() ? "?" : demangled(known->second);
+}
+
 bool prepare_memory(const Launch& l) {
-  if (region_bytes == 0) find_variables();
   dynamic_bytes = l.dynamic_shared;
   if (dynamic_bytes > shared_limit(device().arch) || !reserve_regions(static_cast<size_t>(l.cluster))) return false;
 #ifdef __SANITIZE_ADDRESS__
