@@ -14,7 +14,7 @@ rstd' = -rstd^2 * mean(xhat * x').
 import math
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import _ops, reference
 
@@ -24,6 +24,28 @@ def apply(function, *args):
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return function.apply(*args)
     return super(Function, function).apply(*args)
+
+
+class _Primals:
+    """A ctx whose saved tensors are without the tangents of the level that jvp is for."""
+
+    def __init__(self, ctx):
+        self._ctx = ctx
+        self.saved_tensors = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
+
+
+def _nestable(jvp):
+    """A jvp that a forward-mode transform around it differentiates too: PyTorch runs it with forward mode switched
+    off at every level, and jvp over jvp would be wrong without a word."""
+
+    def run(ctx, *tangents):
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(_Primals(ctx), *tangents)
+
+    return run
 
 
 def _sum_rows(t, normalized_shape):
@@ -62,6 +84,7 @@ class _Normalised(Function):
         return _project(grad, x, normalized_shape, stats, rms), None, None, None
 
     @staticmethod
+    @_nestable
     def jvp(ctx, tangent, *_):
         return _Normalised.backward(ctx, tangent)[0]
 
@@ -93,6 +116,7 @@ class _Rstd(Function):
         return grad * slope / math.prod(normalized_shape), None, None, None
 
     @staticmethod
+    @_nestable
     def jvp(ctx, tangent, *_):
         slope, normalized_shape = _Rstd._slope(ctx)
         return _mean(tangent * slope, normalized_shape)
@@ -159,6 +183,7 @@ class NormFunction(Function):
         )
 
     @staticmethod
+    @_nestable
     def jvp(ctx, d_input, d_residual, _shape, d_weight, d_bias, *_):
         x, weight, stats = ctx.saved_tensors
         normalized_shape, rms, _ = ctx.arguments
@@ -254,6 +279,7 @@ class NormBackwardFunction(Function):
         return d_dy, v if needs[1] else None, d_x, None, d_weight, None, None, None, None
 
     @staticmethod
+    @_nestable
     def jvp(ctx, d_dy, d_grad_sum, d_x, _shape, d_weight, *_):
         """P is linear in v; the derivative of P_x(g) along d_x follows from its symmetry in the two arguments."""
         shape, rms, mask = ctx.arguments
