@@ -1,0 +1,1 @@
+"""Speed and accuracy against native PyTorch: ``python -m benchmarks`` and ``python -m benchmarks.accuracy``."""
