@@ -52,7 +52,7 @@ $(bin)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(torch): | $(bin)/python
-	$(pip) install "$(TORCH)" "setuptools>=77" ninja "pybind11>=3"
+	$(bin)/python -m pip install "$(TORCH)" "setuptools>=77" ninja "pybind11>=3"
 	@touch $@
 
 $(built): $(torch) $(sources)

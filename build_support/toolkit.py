@@ -50,7 +50,7 @@ def find(torch_cuda: str | None, environ: Mapping[str, str] = os.environ, sites:
         Refused: torch is a CPU build, no toolkit is there, or all are of another major version.
     """
     if torch_cuda is None:
-        raise Refused("this torch is a CPU build; one with CUDA: https://pytorch.org/get-started/locally")
+        raise Refused("this torch is a CPU build")
     refused = []
     for origin, root in _candidates(environ, sites):
         toolkit = _inspect(root, origin)
