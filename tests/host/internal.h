@@ -15,16 +15,17 @@ struct Access {
 };
 
 struct Thread {
+  // What meetings touch comes first, in as few cache lines as it goes.
   void* stack_pointer;
-  uintptr_t stack;  // lowest address
-  uint3 index;
   uint16_t rank, number, lane;  // block's rank in the cluster, thread's number in the block, lane in the warp
   bool exited;
   Meeting waiting;
-  Site site;
   unsigned mask;
   int argument, width;
   uint64_t value;
+  Site site;
+  uintptr_t stack;  // lowest address
+  uint3 index;
   uint32_t arrivals, waits;  // cluster barriers
   uint32_t arrival_time[2];  // what was done before is seen by those who waited; by parity
   uint32_t knows[32];        // what lane i of the warp did before this time is visible here

@@ -373,36 +373,26 @@ void block_barrier(Site site) {
   }
 }
 
-uint64_t meet(Meeting meeting, unsigned mask, uint64_t value, int argument, int width, Site site) {
-  Thread& t = *self;
-  Warp& warp = machine.warp_of(t);
-  const uint32_t me = 1u << t.lane;
-  t.value = value;
-  t.mask = mask;
-  t.argument = argument;
-  t.width = width;
-  if (!(mask & me) || (mask & ~(warp.exists & ~warp.exited)) || width < 1 || width > 32 || (width & (width - 1))) {
-    const char* what = !(mask & me) ? " does not name the lane itself" : " names a lane that has exited or never was";
-    if (mask & me && !(mask & ~(warp.exists & ~warp.exited))) what = ": the width is not 1, 2, 4, 8, 16 or 32";
-    fail("absent lane", std::string("mask ") + hex(mask) + " of " + name_of(meeting) + " at " + text_of(site) + what,
-         &t);
-    return 0;
-  }
-  if (mask & ~(warp.waiting | me)) {
-    block_thread(t, meeting, site);
-    run_next(&t);
-    return t.value;
-  }
-  for (uint32_t rest = mask & ~me; rest; rest &= rest - 1) {
-    const Thread& other = warp.threads[__builtin_ctz(rest)];
-    if (other.waiting == meeting && other.mask == mask && other.width == width && other.site.line == site.line)
-      continue;
-    block_thread(t, meeting, site);
-    run_next(&t);
-    return t.value;
-  }
+namespace {
 
-  // The last to come does the work for all.
+// Out of the way of meet, whose frame stays small: a thousand fibers' frames must fit the cache.
+__attribute__((noinline)) void refuse_mask(Thread& t, Meeting meeting, Site site) {
+  const Warp& warp = machine.warp_of(t);
+  const char* what = !(t.mask >> t.lane & 1)                   ? " does not name the lane itself"
+                     : t.mask & ~(warp.exists & ~warp.exited) ? " names a lane that has exited or never was"
+                                                               : ": the width is not 1, 2, 4, 8, 16 or 32";
+  fail("absent lane", "mask " + hex(t.mask) + " of " + name_of(meeting) + " at " + text_of(site) + what, &t);
+}
+
+__attribute__((noinline)) void refuse_source(const Thread& t, Meeting meeting, int source) {
+  fail("absent lane",
+       std::string(name_of(meeting)) + " at " + text_of(t.site) + " reads lane " + std::to_string(source) +
+           ", which mask " + hex(t.mask) + " does not name",
+       &t);
+}
+
+// All lanes of `mask` are here: each gets its result.
+__attribute__((noinline)) void exchange(Warp& warp, Meeting meeting, uint32_t mask) {
   if (meeting == Meeting::ballot) {
     uint64_t votes = 0;
     for (uint32_t rest = mask; rest; rest &= rest - 1) {
@@ -418,35 +408,53 @@ uint64_t meet(Meeting meeting, unsigned mask, uint64_t value, int argument, int 
     }
     for (uint32_t rest = mask; rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
-      Thread& other = warp.threads[lane];
-      const int first = lane & ~(width - 1), last = first + width - 1, n = other.argument;
-      int source = meeting == Meeting::shfl       ? first + (n & (width - 1))
-                   : meeting == Meeting::shfl_xor ? lane ^ (n & 31)
-                   : meeting == Meeting::shfl_up  ? lane - (n & 31)
-                                                  : lane + (n & 31);
-      if (source < 0 || source > last || (meeting == Meeting::shfl_up && source < first)) source = lane;
-      if (!(mask >> source & 1)) {
-        fail("absent lane",
-             std::string(name_of(meeting)) + " at " + text_of(site) + " reads lane " + std::to_string(source) +
-                 ", which mask " + hex(mask) + " does not name",
-             &other);
-        return 0;
-      }
-      other.value = values[source];
+      Thread& t = warp.threads[lane];
+      const int first = lane & ~(t.width - 1), last = first + t.width - 1, n = t.argument & 31;
+      int source = meeting == Meeting::shfl       ? first + (n & (t.width - 1))
+                   : meeting == Meeting::shfl_xor ? lane ^ n
+                   : meeting == Meeting::shfl_up  ? lane - n
+                                                  : lane + n;
+      if (source > last || (meeting == Meeting::shfl_up && source < first)) source = lane;
+      if (!(mask >> source & 1)) return refuse_source(t, meeting, source);
+      t.value = values[source];
     }
   }
-  if (watching) {
-    if (meeting == Meeting::syncwarp) {
-      ++machine.time;
-      order_lanes(warp, mask);
-    }
-    if (mask == (warp.exists & ~warp.exited)) {
-      flush(warp);
-    } else {
-      for (uint32_t rest = mask; rest; rest &= rest - 1) mark(warp.threads[__builtin_ctz(rest)]);
-    }
+  if (!watching) return;
+  if (meeting == Meeting::syncwarp) {
+    ++machine.time;
+    order_lanes(warp, mask);
   }
-  release(warp, mask & ~me);
+  if (mask == (warp.exists & ~warp.exited)) return flush(warp);
+  for (uint32_t rest = mask; rest; rest &= rest - 1) mark(warp.threads[__builtin_ctz(rest)]);
+}
+
+}  // namespace
+
+uint64_t meet(Meeting meeting, unsigned mask, uint64_t value, int argument, int width, Site site) {
+  Thread& t = *self;
+  Warp& warp = machine.warp_of(t);
+  const uint32_t me = 1u << t.lane;
+  t.value = value;
+  t.mask = mask;
+  t.argument = argument;
+  t.width = width;
+  if (!(mask & me) || (mask & ~(warp.exists & ~warp.exited)) || width < 1 || width > 32 || (width & (width - 1))) {
+    refuse_mask(t, meeting, site);
+    return 0;
+  }
+  bool all = !(mask & ~(warp.waiting | me));
+  for (uint32_t rest = all ? mask & ~me : 0; rest && all; rest &= rest - 1) {
+    const Thread& other = warp.threads[__builtin_ctz(rest)];
+    all = other.waiting == meeting && other.mask == mask && other.width == width && other.site.line == site.line;
+  }
+  if (all) {
+    t.site = site;
+    exchange(warp, meeting, mask);
+    release(warp, mask & ~me);
+  } else {
+    block_thread(t, meeting, site);
+    run_next(&t);
+  }
   return t.value;
 }
 
