@@ -155,6 +155,19 @@ def test_divergent_barrier(run, variant, says):
     assert any(part in report.message for part in says.split("|"))
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_named_barrier(run, seed):
+    y, reports, _ = run("exchange_warps", NUMBERS, block=128, seed=seed)
+    assert not reports
+    np.testing.assert_array_equal(y, np.concatenate([NUMBERS[32:64], NUMBERS[:32], NUMBERS[64:]]))
+
+
+@pytest.mark.parametrize("variant, kinds", [(1, {"divergent barrier", "race"}), (2, {"divergent barrier"})])
+def test_named_barrier_misused(run, variant, kinds):
+    found = {r.kind for r in run("exchange_warps", NUMBERS, block=128, variant=variant, seed=3)[1]}
+    assert found and found <= kinds | {"uninitialised"}
+
+
 @pytest.mark.parametrize("variant", range(5))
 def test_absent_lane(run, variant):
     report = only(run("absent_lane", NUMBERS, variant=variant)[1], "absent lane")
@@ -203,7 +216,7 @@ def aligned(count, offset=0):
 
 def test_vector_copy_touches_every_byte_once(run):
     x = aligned(1000)
-    y, reports, arrays = run("copy_vectors", x, 1024, grid=4, block=64)
+    _, reports, arrays = run("copy_vectors", x, 1024, grid=4, block=64)
     assert not reports
     for counts in (arrays["x"]["read"], arrays["y"]["write"]):
         assert counts["requests"] == 8

@@ -70,8 +70,8 @@ def build(name, sources, link=("-shared",)):
             f"build {objects[-1]}: compile {source}\n  flags = {' '.join([*COMMON, *machine_flags(), *flags])}"
         )
     # Symbols bind within the library: __tsan_* and __tls_get_addr are memory.cpp's.
-    flags = [*link, "-Wl,-Bsymbolic", "-ldl", "-pthread"]
-    lines.append(f"build {target.name}: link {' '.join(objects)}\n  flags = {' '.join(flags)}\ndefault {target.name}\n")
+    flags = " ".join([*link, "-Wl,-Bsymbolic", "-ldl", "-pthread"])
+    lines.append(f"build {target.name}: link {' '.join(objects)}\n  flags = {flags}\ndefault {target.name}\n")
     text = "\n".join(lines)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -21,7 +21,7 @@ struct Thread {
   bool exited;
   Meeting waiting;
   unsigned mask;
-  int argument, width;
+  int argument, width;  // of a named barrier: its name, its threads
   uint64_t value;
   Site site;
   uintptr_t stack;  // lowest address
@@ -34,7 +34,8 @@ struct Thread {
 
 struct Warp {
   uint32_t exists, exited, runnable, waiting;
-  uint32_t synced;  // time of the last __syncwarp of all lanes
+  uint32_t synced;     // time of the last __syncwarp of all lanes
+  uint32_t knows[32];  // what warp i of the block did before this time is visible to every lane here
   Thread* threads;
 };
 
@@ -42,7 +43,8 @@ struct Block {
   uint3 index;
   uint32_t arrived, live, threads;
   Site site;
-  uint32_t synced;  // time of the last __syncthreads
+  uint32_t synced;     // time of the last __syncthreads
+  uint32_t named[16];  // threads that have arrived at each named barrier
 };
 
 struct Report {
@@ -84,6 +86,7 @@ void start_cluster();
 void flush(Warp&);   // accounts for the lanes' logs
 void mark(Thread&);  // the lane met others
 void order_lanes(Warp&, uint32_t mask);
+void order_warps(Block&, uint32_t warps);
 void finish_launch();
 
 }  // namespace lnc::host

@@ -68,9 +68,9 @@ uint32_t random_below(uint32_t n) {
 }
 
 const char* name_of(Meeting m) {
-  static const char* const names[] = {"nothing",        "__syncthreads",    "cluster barrier",
-                                      "__syncwarp",     "__shfl_sync",      "__shfl_xor_sync",
-                                      "__shfl_up_sync", "__shfl_down_sync", "vote"};
+  static const char* const names[] = {"nothing",          "__syncthreads", "a named barrier", "cluster barrier",
+                                      "__syncwarp",       "__shfl_sync",   "__shfl_xor_sync", "__shfl_up_sync",
+                                      "__shfl_down_sync", "vote"};
   return names[static_cast<int>(m)];
 }
 
@@ -142,6 +142,8 @@ std::string doing(const Thread& t) {
   if (t.exited) return "has exited";
   if (t.waiting == Meeting::none) return "runs";
   std::string text = std::string("waits in ") + name_of(t.waiting) + " at " + text_of(t.site);
+  if (t.waiting == Meeting::named_barrier)
+    text += ", name " + std::to_string(t.argument) + " of " + std::to_string(t.width) + " threads";
   if (t.waiting >= Meeting::syncwarp) text += " with mask " + hex(t.mask);
   return text;
 }
@@ -165,9 +167,9 @@ void diagnose_stall() {
     }
   }
   for (Thread& t : machine.threads) {
-    if (t.waiting != Meeting::block_barrier && t.waiting != Meeting::cluster_barrier) continue;
+    if (t.waiting == Meeting::none || t.waiting >= Meeting::syncwarp) continue;
     for (Thread& other : machine.threads) {
-      if (other.waiting == t.waiting) continue;
+      if (other.waiting == t.waiting && (other.rank != t.rank || other.argument == t.argument)) continue;
       return fail("divergent barrier", "the thread " + doing(t) + ", but " + describe(other) + " " + doing(other), &t);
     }
   }
@@ -275,7 +277,7 @@ void run_cluster(uint32_t first_block) {
       const uint32_t lanes = std::min(32u, machine.threads_per_block - 32 * w);
       const uint32_t exists = lanes == 32 ? ~0u : (1u << lanes) - 1;
       machine.warps[b * machine.warps_per_block + w] = {
-          exists, 0, exists, 0, machine.time, &machine.threads[b * machine.threads_per_block + 32 * w]};
+          exists, 0, exists, 0, machine.time, {}, &machine.threads[b * machine.threads_per_block + 32 * w]};
     }
   }
   live_threads = count;
@@ -378,9 +380,9 @@ namespace {
 // Out of the way of meet, whose frame stays small: a thousand fibers' frames must fit the cache.
 __attribute__((noinline)) void refuse_mask(Thread& t, Meeting meeting, Site site) {
   const Warp& warp = machine.warp_of(t);
-  const char* what = !(t.mask >> t.lane & 1)                   ? " does not name the lane itself"
+  const char* what = !(t.mask >> t.lane & 1)                  ? " does not name the lane itself"
                      : t.mask & ~(warp.exists & ~warp.exited) ? " names a lane that has exited or never was"
-                                                               : ": the width is not 1, 2, 4, 8, 16 or 32";
+                                                              : ": the width is not 1, 2, 4, 8, 16 or 32";
   fail("absent lane", "mask " + hex(t.mask) + " of " + name_of(meeting) + " at " + text_of(site) + what, &t);
 }
 
@@ -429,6 +431,42 @@ __attribute__((noinline)) void exchange(Warp& warp, Meeting meeting, uint32_t ma
 }
 
 }  // namespace
+
+void named_barrier(int id, int threads, Site site) {
+  Thread& t = *self;
+  Block& block = machine.block_of(t);
+  if (id < 0 || id > 15 || threads % 32 || threads < 32 || threads > static_cast<int>(block.threads))
+    return fail("divergent barrier",
+                "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads at " + text_of(site) +
+                    ": names are 0 to 15, threads whole warps of the block",
+                &t);
+  t.argument = id;
+  t.width = threads;
+  block_thread(t, Meeting::named_barrier, site);
+  if (++block.named[id] < static_cast<uint32_t>(threads)) return run_next(&t);
+  block.named[id] = 0;
+  ++machine.time;
+  uint32_t warps = 0;
+  for (uint32_t w = 0; w < machine.warps_per_block; ++w) {
+    Warp& warp = machine.warps[t.rank * machine.warps_per_block + w];
+    uint32_t here = 0;
+    for (uint32_t rest = warp.waiting; rest; rest &= rest - 1) {
+      const Thread& other = warp.threads[__builtin_ctz(rest)];
+      if (other.waiting == Meeting::named_barrier && other.argument == id && other.width == threads)
+        here |= 1u << other.lane;
+    }
+    if (!here) continue;
+    if (here != warp.exists)
+      return fail("divergent barrier",
+                  "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads at " + text_of(site) +
+                      " is complete without all lanes of the warp",
+                  &warp.threads[__builtin_ctz(here)]);
+    warps |= 1u << w;
+    if (watching) flush(warp);
+    release(warp, here);
+  }
+  order_warps(block, warps);
+}
 
 uint64_t meet(Meeting meeting, unsigned mask, uint64_t value, int argument, int width, Site site) {
   Thread& t = *self;

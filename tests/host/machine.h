@@ -35,6 +35,7 @@ struct Site {
 enum class Meeting : uint8_t {
   none,
   block_barrier,
+  named_barrier,
   cluster_barrier,
   syncwarp,
   shfl,
@@ -51,6 +52,7 @@ __attribute__((const)) dim3 block_dim();
 __attribute__((const)) dim3 grid_dim();
 
 void block_barrier(Site);
+void named_barrier(int id, int threads, Site);
 // Waits until every lane of `mask` is here with the same meeting, mask, width and site; the lane's result.
 uint64_t meet(Meeting, unsigned mask, uint64_t value, int argument, int width, Site);
 unsigned active_mask();  // one lane: which others run beside it is not defined

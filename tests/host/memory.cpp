@@ -49,13 +49,14 @@ struct Variable {
   std::string name;
 };
 
-// Who touched a byte last. Reading lanes of one warp are told apart; readers of several warps are not.
+// Who touched a byte last. Readers are lanes of one warp, or whole warps of the owning block, or anyone.
 struct SharedCell {
   uint32_t written, read;   // times
   uint16_t writer, reader;  // thread in the cluster; warp in the cluster
-  uint32_t lanes;
+  uint32_t readers;         // lanes, or warps
 };
-constexpr uint16_t several = 0xffff, several_blocks = 0xfffe;
+constexpr uint16_t several_warps = 0xffff, several_blocks = 0xfffe;
+constexpr uint16_t several = 0xffff;  // threads of a block
 
 std::vector<Variable> variables;
 std::vector<uint32_t> variable_at;  // by offset / 4 in the thread-local segment
@@ -209,15 +210,29 @@ uint64_t count_bits(const std::vector<uint64_t>& bits) {
 bool ordered(const Thread& t, const Thread& other, uint32_t time) {
   if (&t == &other) return true;
   if (t.rank == other.rank) {
-    if (time < machine.block_of(t).synced) return true;
-    if (t.number / 32 == other.number / 32 && (time < machine.warp_of(t).synced || time < t.knows[other.lane]))
-      return true;
+    const Warp& warp = machine.warp_of(t);
+    if (time < machine.block_of(t).synced || time < warp.knows[other.number / 32]) return true;
+    if (t.number / 32 == other.number / 32 && (time < warp.synced || time < t.knows[other.lane])) return true;
   }
   return t.waits > 0 && time < other.arrival_time[(t.waits - 1) & 1];
 }
 
-bool ordered_after_all(const Thread& t, uint32_t time) {
-  return t.waits > 0 && time < machine.cluster_knows[(t.waits - 1) & 1];
+// The same for all who have read a byte of block `rank`'s shared memory.
+bool ordered(const Thread& t, const SharedCell& c, uint32_t rank) {
+  if (t.waits > 0 && c.read < machine.cluster_knows[(t.waits - 1) & 1]) return true;
+  if (c.reader == several_blocks) return false;
+  if (c.reader == several_warps) {
+    if (rank != t.rank) return false;
+    const Warp& warp = machine.warp_of(t);
+    bool all = true;
+    if (c.read >= machine.blocks[rank].synced)
+      for (uint32_t rest = c.readers; rest && all; rest &= rest - 1) all = c.read < warp.knows[__builtin_ctz(rest)];
+    return all;
+  }
+  bool all = true;
+  for (uint32_t rest = c.readers; rest && all; rest &= rest - 1)
+    all = ordered(t, machine.warps[c.reader].threads[__builtin_ctz(rest)], c.read);
+  return all;
 }
 
 void race(const char* what, const Thread& t, const std::string& place, const Thread* other, uintptr_t pc) {
@@ -267,34 +282,28 @@ void shared_access(Thread& t, uintptr_t address, uint32_t size, bool write, uint
       return race(write ? "write after write" : "read after write", t, where(), &machine.threads[c.writer], pc);
     if (!write) {
       if (!is_written) record("uninitialised", "read of " + where() + ", which no thread has written", &t, pc);
-      // Readers that all threads of the owning block know to be over need not be remembered.
-      const bool fresh =
-          c.read < machine.cluster_time || (c.read < machine.blocks[rank].synced && c.reader != several_blocks);
-      if (fresh || (c.reader == warp && c.read < machine.warps[warp].synced)) {
-        c.reader = rank == t.rank ? warp : several_blocks;
-        c.lanes = lane;
+      if (c.read < machine.cluster_time || c.read < c.written || ordered(t, c, rank)) {
+        c.reader = warp;
+        c.readers = lane;
       } else if (c.reader == warp) {
-        c.lanes |= lane;
-      } else if (c.reader != several_blocks) {
-        c.reader = rank == t.rank ? several : several_blocks;
+        c.readers |= lane;
+      } else if (rank != t.rank || c.reader == several_blocks) {
+        c.reader = several_blocks;
+      } else if (c.reader == several_warps) {
+        c.readers |= 1u << t.number / 32;
+      } else if (c.reader / machine.warps_per_block == rank) {
+        c.readers = 1u << c.reader % machine.warps_per_block | 1u << t.number / 32;
+        c.reader = several_warps;
+      } else {
+        c.reader = several_blocks;
       }
       c.read = machine.time;
       continue;
     }
-    if (c.read >= machine.cluster_time && c.read >= c.written) {
-      bool over = ordered_after_all(t, c.read) ||
-                  (rank == t.rank && c.reader != several_blocks && c.read < machine.blocks[rank].synced);
-      if (!over && c.reader < several_blocks) {
-        over = true;
-        Warp& readers = machine.warps[c.reader];
-        for (uint32_t rest = c.lanes; rest && over; rest &= rest - 1)
-          over = ordered(t, readers.threads[__builtin_ctz(rest)], c.read);
-      }
-      if (!over) {
-        const Thread* reader =
-            c.reader < several_blocks ? &machine.warps[c.reader].threads[__builtin_ctz(c.lanes)] : nullptr;
-        return race("write after read", t, where(), reader, pc);
-      }
+    if (c.read >= machine.cluster_time && c.read >= c.written && !ordered(t, c, rank)) {
+      const Thread* reader =
+          c.reader < several_blocks ? &machine.warps[c.reader].threads[__builtin_ctz(c.readers)] : nullptr;
+      return race("write after read", t, where(), reader, pc);
     }
     c.writer = me;
     c.written = machine.time;
@@ -519,6 +528,15 @@ std::string name_of(void (*kernel)()) {
   if (region_bytes == 0) read_symbols();
   const auto known = functions.find(reinterpret_cast<uintptr_t>(kernel));
   return known == functions.end() ? "?" : demangled(known->second);
+}
+
+void order_warps(Block& block, uint32_t warps) {
+  Warp* const all = &machine.warps[(&block - machine.blocks.data()) * machine.warps_per_block];
+  uint32_t known[32] = {};
+  for (uint32_t rest = warps; rest; rest &= rest - 1)
+    for (int i = 0; i < 32; ++i) known[i] = std::max(known[i], all[__builtin_ctz(rest)].knows[i]);
+  for (uint32_t rest = warps; rest; rest &= rest - 1) known[__builtin_ctz(rest)] = machine.time;
+  for (uint32_t rest = warps; rest; rest &= rest - 1) std::copy(known, known + 32, all[__builtin_ctz(rest)].knows);
 }
 
 bool prepare_memory(const Launch& l) {

@@ -1,7 +1,5 @@
 // Small kernels, right and wrong on purpose: what the machine must compute and what it must catch.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include <cuda_host.h>
 
 #include <cstring>
 
@@ -126,6 +124,21 @@ __global__ void gather(const Params p) {
   p.y[i] = p.x[i * p.variant];
 }
 
+// Pairs of warps exchange their halves, each pair at its own pace. variant 1: the pairs share one barrier's name;
+// 2: the barrier waits for more threads than come
+__global__ void exchange_warps(const Params p) {
+  __shared__ float row[128];
+  const int i = threadIdx.x, pair = i / 64;
+  float v = p.x[i];
+  for (int turn = 0; turn <= pair; ++turn) {
+    row[i] = v;
+    lnc::group_barrier(p.variant == 1 ? 1 : pair + 1, p.variant == 2 ? 96 : 64);
+    v = row[i ^ 32];
+    lnc::group_barrier(pair + 1, 64);
+  }
+  p.y[i] = v;
+}
+
 // Every block writes the same element.
 __global__ void conflict(const Params p) { p.y[threadIdx.x] = static_cast<float>(blockIdx.x); }
 
@@ -213,6 +226,7 @@ const Toy toys[] = {{"reverse", reverse},
                     {"undefined_memory", undefined_memory},
                     {"copy_vectors", copy_vectors},
                     {"gather", gather},
+                    {"exchange_warps", exchange_warps},
                     {"conflict", conflict},
                     {"cluster_sum", cluster_sum},
                     {"shuffles", shuffles},

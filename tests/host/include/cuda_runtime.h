@@ -161,11 +161,3 @@ inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigne
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
 #undef LNC_SITE
-
-namespace lnc {
-// The launch's dynamic shared memory, 16-byte aligned.
-template <class T>
-inline T* dynamic_shared() {
-  return static_cast<T*>(host::dynamic_shared());
-}
-}  // namespace lnc
