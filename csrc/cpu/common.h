@@ -1,0 +1,78 @@
+// What every instruction set shares: entry points, and how work is cut. Cuts depend on the shape alone,
+// so that results depend neither on the number of threads nor on who runs which piece.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "cpu.h"
+
+namespace lnc::cpu {
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const ForwardParams&, ParallelFor);
+  void (*backward)(const BackwardParams&, ParallelFor);
+};
+
+// Fewer elements than this are not worth waking a thread for.
+constexpr int64_t kGrain = 32768;
+
+// A row is taken in chunks that stay in the first-level cache between mean and squared deviations.
+constexpr int64_t chunk_columns(DType accumulate) { return accumulate == DType::f64 ? 2048 : 4096; }
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
+constexpr int64_t grain_of(int64_t elements) { return ceil_div(kGrain, elements > 0 ? elements : 1); }
+
+// Of a chunk of a row, or of several: scalars are double, whatever the lanes were.
+struct Moments {
+  double count, mean, squares;
+};
+struct Sums {
+  double g, g_xhat;
+};
+
+struct ForwardPlan {
+  int64_t chunks;      // of a row
+  bool split_columns;  // few long rows: threads share a row
+  int64_t workspace;   // bytes: each chunk's Moments
+
+  static constexpr int64_t kMaxSplitRows = 8;
+
+  static ForwardPlan of(const ForwardParams& p) {
+    const int64_t chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
+    const bool split = p.rows <= kMaxSplitRows && chunks > 1;
+    return {chunks, split, split ? p.rows * chunks * int64_t{sizeof(Moments)} : 0};
+  }
+};
+
+// Backward takes rows in blocks (whose x and dy stay in the second-level cache between the row sums and
+// their use) and blocks in chunks, each with its own sums for the weight and bias gradients.
+constexpr int64_t kMaxBlock = 32;
+
+struct BackwardPlan {
+  int64_t chunks;        // of a row, in columns
+  int64_t block;         // rows
+  int64_t rows_a_chunk;  // a multiple of block
+  int64_t row_chunks;
+  bool split_columns;  // too few chunks of rows: threads share rows
+  int64_t sums_bytes;  // workspace for each chunk's Sums,
+  int64_t workspace;   // and behind it the weight and bias gradients of each chunk of rows
+
+  static BackwardPlan of(const BackwardParams& p) {
+    BackwardPlan plan;
+    plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
+    const int64_t row_bytes = p.cols * (size_of(p.dtype) + size_of(p.output_dtype));
+    plan.block = clamp((256 << 10) / (row_bytes > 0 ? row_bytes : 1), 1, kMaxBlock);
+    // 32 rows keep the partial sums' traffic to a few percent, 512 keep rounding errors from growing.
+    plan.rows_a_chunk = ceil_div(clamp(p.rows / 64, 32, 512), plan.block) * plan.block;
+    plan.row_chunks = ceil_div(p.rows, plan.rows_a_chunk);
+    plan.split_columns = plan.row_chunks < 8;
+    plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
+    plan.workspace = plan.sums_bytes + plan.row_chunks * 2 * p.cols * size_of(accumulate_type(p.dtype));
+    return plan;
+  }
+};
+
+}  // namespace lnc::cpu

@@ -1,0 +1,76 @@
+// Chooses an instruction set, once, when first called.
+#include <cstdlib>
+
+#include "common.h"
+
+namespace lnc::cpu {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+// The best that this machine (its operating system included) can run, or a lower one named by
+// LAYERNORM_CUDA_CPU.
+const Kernels& choose() {
+  const Kernels* chosen = &baseline::kernels;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const struct {
+    bool there;
+    const Kernels* kernels;
+  } higher[] = {
+      {has_avx2, &avx2::kernels},
+      {has_avx512, &avx512::kernels},
+      {has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512_bf16::kernels},
+  };
+  const char* wanted = std::getenv("LAYERNORM_CUDA_CPU");
+  for (const auto& set : higher) {
+    if (!set.there || (wanted && !std::strcmp(wanted, chosen->name))) break;
+    chosen = set.kernels;
+  }
+#endif
+  return *chosen;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const char* instruction_set() { return kernels().name; }
+
+int64_t forward_workspace(const ForwardParams& p) { return ForwardPlan::of(p).workspace; }
+int64_t backward_workspace(const BackwardParams& p) { return BackwardPlan::of(p).workspace; }
+
+void forward(const ForwardParams& p, ParallelFor parallel) {
+  if (p.rows > 0 && p.cols > 0) kernels().forward(p, parallel);
+}
+
+void backward(const BackwardParams& p, ParallelFor parallel) {
+  if (p.cols == 0) return;
+  if (p.rows > 0) return kernels().backward(p, parallel);
+  const size_t bytes = static_cast<size_t>(p.cols * size_of(p.param_dtype));
+  if (p.grad_weight) std::memset(p.grad_weight, 0, bytes);
+  if (p.grad_bias) std::memset(p.grad_bias, 0, bytes);
+}
+
+}  // namespace lnc::cpu
