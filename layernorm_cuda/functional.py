@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _extension, _ops
 from .functions import NormFunction, apply
+from .reference import accumulate_dtype
 
 _DEVICES = _ops.device_types()
 _HALF = (torch.float16, torch.bfloat16)
@@ -60,7 +61,8 @@ def rms_norm(
     """RMS normalisation over the last dimensions of ``input``; as :func:`torch.nn.functional.rms_norm`.
 
     ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang, Sennrich 2019, https://arxiv.org/abs/1910.07467). Arguments,
-    result and errors are those of :func:`layer_norm`; ``eps=None`` is the machine epsilon of ``input``'s dtype.
+    result and errors are those of :func:`layer_norm`; ``eps=None`` is the machine epsilon of the dtype computed in:
+    float64's for float64, float32's for all others, as in PyTorch.
     """
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
@@ -120,17 +122,16 @@ def add_rms_norm(
         if not _is_ours(input):
             total = input + residual
             return torch.rms_norm(total, normalized_shape, weight, eps), total
-        return _norm(input, residual, normalized_shape, weight, None, _rms_eps(input, eps), True)
+        return _norm(input, residual, normalized_shape, weight, None, _rms_eps(input, eps, residual), True)
     except (TypeError, AttributeError):
         eps = 0.0 if eps is None else eps
         _explain("add_rms_norm", normalized_shape, eps, input=input, residual=residual, weight=weight)
         raise
 
 
-def _norm(input, residual, normalized_shape, weight, bias, eps, rms):
+def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None):
     """(output, sum): through the Function when a derivative may be asked for, else straight to the operator."""
-    dtype = None
-    if input.is_cuda and input.dtype in _HALF and torch.is_autocast_enabled("cuda"):
+    if dtype is None and input.is_cuda and input.dtype in _HALF and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
     differentiable = (
         torch.is_grad_enabled()
@@ -155,8 +156,24 @@ def _norm(input, residual, normalized_shape, weight, bias, eps, rms):
     return outputs[0], outputs[1]
 
 
-def _rms_eps(input, eps):
-    return torch.finfo(input.dtype).eps if eps is None else eps
+def norm_to(
+    dtype: torch.dtype, input: Tensor, normalized_shape, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> Tensor:
+    """Layer or RMS normalisation with an output of any ``dtype``, rounded once; for ``convert.py``."""
+    if not _is_ours(input):
+        if rms:
+            return torch.rms_norm(input, normalized_shape, weight, eps).to(dtype)
+        return torch.layer_norm(input, normalized_shape, weight, bias, eps).to(dtype)
+    wide = accumulate_dtype(input.dtype)
+    output, _ = _norm(input, None, normalized_shape, weight, bias, eps, rms, dtype if dtype == input.dtype else wide)
+    return output.to(dtype)
+
+
+def _rms_eps(input, eps, residual=None):
+    if eps is not None:
+        return eps
+    dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    return torch.finfo(accumulate_dtype(dtype)).eps
 
 
 def _is_ours(input):
