@@ -25,7 +25,7 @@ endif
 .DELETE_ON_ERROR:
 
 demo: $(built) $(VENV)/.demo
-	$(bin)/python examples/demo.py $(ARGS)
+	$(bin)/python -m examples.demo $(ARGS)
 
 test: $(built) $(VENV)/.test
 	$(bin)/python -m pytest $(ARGS)
