@@ -15,7 +15,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _rows(t: torch.Tensor, normalized_shape) -> torch.Tensor:
-    return t.reshape(-1, math.prod(normalized_shape)).to(accumulate_dtype(t.dtype))
+    leading = t.shape[: t.dim() - len(normalized_shape)]
+    return t.reshape(math.prod(leading), math.prod(normalized_shape)).to(accumulate_dtype(t.dtype)).contiguous()
 
 
 def _centred(x: torch.Tensor, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
