@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import site
 import subprocess
-import sysconfig
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +148,8 @@ def _number(arch: str) -> int:
 
 
 def site_folders(torch_file: str) -> list[Path]:
-    """Where pip installs: beside torch first, since that may be outside an isolated build environment."""
-    folders = [Path(torch_file).parent.parent, Path(sysconfig.get_path("purelib")), *map(Path, site.getsitepackages())]
-    return list(dict.fromkeys(folders))
+    """Where pip installs: beside torch, and what is importable (an isolated build has a folder of its own)."""
+    return list(dict.fromkeys([Path(torch_file).parent.parent, *map(Path, sys.path)]))
 
 
 def missing() -> str:
