@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help=f"for the whole run; default {SECONDS}")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the files")
     parser.add_argument("--cells", action="store_true", help="print every cell, not only the summary")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table too")
     arguments = parser.parse_args()
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,6 +116,8 @@ def main() -> None:
     if arguments.cells:
         console.print(report.details(cells))
     console.print(report.summary(cells))
+    if arguments.markdown:
+        print(report.markdown(cells))
     for path in report.save(cells, machine, arguments.output):
         console.print(os.path.relpath(path), soft_wrap=True)
 

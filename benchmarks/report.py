@@ -121,6 +121,23 @@ def summary(cells: list[Cell]) -> Table:
     return table
 
 
+def markdown(cells: list[Cell]) -> str:
+    """The summary as it stands in the README: geometric mean, and the slowest cell, by number of threads."""
+    grouped = groups(cells)
+    counts = sorted({threads for _, _, threads in grouped})
+    titles = ["", "", *(f"{count} thread{'s' if count > 1 else ''}" for count in counts)]
+    lines = [titles, ["---", "---", *["---:"] * len(counts)]]
+    for direction, dtype in dict.fromkeys(key[:2] for key in grouped):
+        texts = []
+        for count in counts:
+            members = grouped[direction, dtype, count]
+            slowest = min(members, key=lambda cell: cell.speed(OURS, NATIVE))
+            mean = geometric_mean([cell.speed(OURS, NATIVE) for cell in members])
+            texts.append(f"{mean:.2f} (slowest {slowest.speed(OURS, NATIVE):.2f}, {slowest.shape})")
+        lines.append([direction, dtype, *texts])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def details(cells: list[Cell]) -> Table:
     """Every cell: median and quartiles of each provider in microseconds."""
     providers = list(dict.fromkeys(p for cell in cells for p in cell.timings))
