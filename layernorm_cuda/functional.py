@@ -93,6 +93,8 @@ def add_layer_norm(
         arguments = dict(weight=weight, bias=bias, eps=eps)
         return handle_torch_function(add_layer_norm, tensors, input, residual, normalized_shape, **arguments)
     try:
+        if residual is None:
+            raise TypeError
         if not _is_ours(input):
             total = input + residual
             return torch.layer_norm(total, normalized_shape, weight, bias, eps), total
@@ -119,6 +121,8 @@ def add_rms_norm(
             add_rms_norm, tensors, input, residual, normalized_shape, weight=weight, eps=eps
         )
     try:
+        if residual is None:
+            raise TypeError
         if not _is_ours(input):
             total = input + residual
             return torch.rms_norm(total, normalized_shape, weight, eps), total
