@@ -90,7 +90,7 @@ def run(todo: list[providers.Case], seconds: float, compiled: bool, console: Con
             dtype = str(case.dtype).removeprefix("torch.")
             progress.update(task, description=f"{case.direction} {dtype} {case.rows}x{case.cols}, {case.threads} thr.")
             torch.set_num_threads(case.threads)
-            with torch.set_grad_enabled(case.direction == "step"):
+            with providers.mode(case):
                 calls = providers.calls(case, compiled)
                 share = (deadline - time.perf_counter()) / (len(todo) - place)
                 done.append(report.Cell(case, timing.measure(calls, share, case.device)))

@@ -139,13 +139,15 @@ def markdown(cells: list[Cell]) -> str:
 
 
 def details(cells: list[Cell]) -> Table:
-    """Every cell: median and quartiles of each provider in microseconds."""
+    """Every cell: each provider's median in microseconds, and half the distance of its quartiles in percent."""
     providers = list(dict.fromkeys(p for cell in cells for p in cell.timings))
-    columns = "direction", "dtype", "thr.", "shape", *providers, "speed, native = 1"
-    table = _table("Microseconds: median (quartiles); speed: native = 1", columns, left=2)
+    columns = "direction", "dtype", "thr.", "shape", *providers, "speed"
+    table = _table(
+        "Microseconds: median and spread (half the distance of the quartiles); speed: native = 1", columns, 2
+    )
     for cell in cells:
         times = [
-            f"{t.median * 1e6:.4g} ({t.low * 1e6:.4g}..{t.high * 1e6:.4g})" if (t := cell.timings.get(p)) else ""
+            f"{t.median * 1e6:.1f} ±{(t.high - t.low) / t.median / 2:4.0%}" if (t := cell.timings.get(p)) else ""
             for p in providers
         ]
         place = cell.case.direction, cell.dtype, str(cell.case.threads), cell.shape
