@@ -141,9 +141,9 @@ def markdown(cells: list[Cell]) -> str:
 def details(cells: list[Cell]) -> Table:
     """Every cell: each provider's median in microseconds, and half the distance of its quartiles in percent."""
     providers = list(dict.fromkeys(p for cell in cells for p in cell.timings))
-    columns = "direction", "dtype", "thr.", "shape", *providers, "speed"
+    columns = "direction", "dtype", "thr.", "shape", *providers, "GB/s", "speed"
     table = _table(
-        "Microseconds: median and spread (half the distance of the quartiles); speed: native = 1", columns, 2
+        "Microseconds: median, half the distance of the quartiles; GB/s of ours; speed, native = 1", columns, 2
     )
     for cell in cells:
         times = [
@@ -151,7 +151,8 @@ def details(cells: list[Cell]) -> Table:
             for p in providers
         ]
         place = cell.case.direction, cell.dtype, str(cell.case.threads), cell.shape
-        table.add_row(*place, *times, f"{cell.speed(OURS, NATIVE):.2f}")
+        useful = cell.case.useful_bytes / cell.timings[OURS].median / 1e9
+        table.add_row(*place, *times, f"{useful:.3g}", f"{cell.speed(OURS, NATIVE):.2f}")
     return table
 
 

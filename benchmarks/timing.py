@@ -64,7 +64,7 @@ class CudaClock:
 
     def __init__(self, calls: dict[str, Call]):
         self.batches = dict.fromkeys(calls, self.CALLS)
-        l2 = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 64 << 20)
+        l2 = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 64 << 20)
         self.flush = torch.empty(4 * l2, dtype=torch.uint8, device="cuda")
         self.events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.CALLS)]
         for call in calls.values():

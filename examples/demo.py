@@ -137,6 +137,8 @@ def report(native: Trainee, ours: Trainee, differences: list[float], console: Co
     table.add_row(f"{len(ours.norms)} norms alone", *(f"{t:.2f} ms" for t in norms), f"{norms[0] / norms[1]:.3f}")
     table.add_row("their share of a step", *(f"{t / s:.1%}" for t, s in zip(norms, medians, strict=True)))
     console.print(table)
+    if any(high > 1.3 * low for low, _, high in steps):
+        console.print("The steps' times vary too much to compare: other programs are running, or too few steps.")
     console.print(
         f"The rest of a step is the same code in both: norms that cost nothing at all would make it "
         f"{1 / (1 - norms[0] / medians[0]):.2f} times as fast as native's, and no more than that."
