@@ -48,7 +48,8 @@ class Replacement:
     reason: str = ""
 
     def __str__(self) -> str:
-        change = f"{self.before.__name__} -> {self.after.__name__}" if self.replaced else f"{self.before.__name__} left alone"
+        before, after = (f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in (self.before, self.after))
+        change = f"{before} -> {after}" if self.replaced else f"{before} left alone"
         return f"{self.name or '(the model)'}: {change}" + (f" ({self.reason})" if self.reason else "")
 
 
@@ -63,9 +64,8 @@ def replace_norms(model: nn.Module) -> list[Replacement]:
     Returns one :class:`Replacement` for each module replaced, and for each that looks like a norm and was left alone
     (``replaced=False``) with the reason. A module under several names is listed under its first.
     """
-    in_fast_path = {
-        id(norm) for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for norm in layer.children()
-    }
+    encoder_layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    in_fast_path = {id(norm) for layer in encoder_layers for norm in layer.children()}
     report, recognised = [], {}
     for name, module in list(model.named_modules()):
         if not _looks_like_a_norm(name, module):
@@ -111,8 +111,8 @@ def restore_norms(model: nn.Module) -> list[Replacement]:
 def _looks_like_a_norm(name: str, module: nn.Module) -> bool:
     if "parametrizations" in name.split(".") or (any(module.children()) and not parametrize.is_parametrized(module)):
         return False
-    known = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-    return known or "norm" in type(module).__name__.lower() or bool(_eps_names(module))
+    kind = getattr(module, "original_name", type(module).__name__)  # TorchScript's name for what it compiled
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in kind.lower() or bool(_eps_names(module))
 
 
 def _eps_names(module: nn.Module) -> list[str]:
@@ -293,14 +293,23 @@ class _Probe:
             return dtype != torch.float32 or x_dtype != torch.float32
         ours, our_grads = self._run(recipe, x, dtype, training)
         narrow = max((x_dtype, dtype, theirs.dtype), key=_TOLERANCE.__getitem__)
-        if theirs.shape != ours.shape or theirs.dtype != ours.dtype or not _close(ours, theirs, narrow, len(self.shape)):
+        if not self._close(ours, theirs, narrow):
             return False
         if narrow is not torch.float32:
             return True
         return len(our_grads) == len(their_grads) and all(
-            (a is None) == (b is None) and (a is None or _close(a, b, narrow, len(self.shape)))
-            for a, b in zip(our_grads, their_grads, strict=True)
+            map(self._close, our_grads, their_grads, itertools.repeat(narrow))
         )
+
+    def _close(self, a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> bool:
+        """Same shape and dtype, and elementwise to ``dtype``'s tolerance relative to the largest element of the row."""
+        if a is None or b is None:
+            return a is b
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        a, b = a.double(), b.double()
+        largest = b.abs().amax(tuple(range(-len(self.shape), 0)), keepdim=True)
+        return bool(((a - b).abs() <= _TOLERANCE[dtype] * largest).all())
 
     def confirm(self, recipe: Recipe) -> tuple[Recipe | None, str]:
         """The recipe with the rule of its output's dtype, if it holds for every rank, mode and dtype."""
@@ -319,13 +328,6 @@ class _Probe:
                 if not self.agrees(known, torch.float32):
                     return None, "differs from ours under autocast"
         return known, ""
-
-
-def _close(a: Tensor, b: Tensor, dtype: torch.dtype, dims: int) -> bool:
-    """Elementwise to the dtype's tolerance, relative to the largest element of the row."""
-    a, b = a.double(), b.double()
-    largest = b.abs().amax(tuple(range(-dims, 0)), keepdim=True)
-    return bool(((a - b).abs() <= _TOLERANCE[dtype] * largest).all())
 
 
 # ---- direct calls ---------------------------------------------------------------------------------------------------

@@ -160,9 +160,7 @@ def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None)
     return outputs[0], outputs[1]
 
 
-def norm_to(
-    dtype: torch.dtype, input: Tensor, normalized_shape, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
-) -> Tensor:
+def norm_to(dtype, input, normalized_shape, weight, bias, eps, rms):
     """Layer or RMS normalisation with an output of any ``dtype``, rounded once; for ``convert.py``."""
     if not _is_ours(input):
         if rms:

@@ -59,9 +59,7 @@ class AddLayerNorm(LayerNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.add_layer_norm(
-            input, residual, self.normalized_shape, self.weight, self.bias, self.eps
-        )
+        return functional.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class AddRMSNorm(RMSNorm):

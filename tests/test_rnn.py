@@ -138,7 +138,8 @@ def test_dropout():
     lstm.eval()
     assert torch.equal(lstm(x)[0], lstm(x)[0])
     lstm.train().dropout = 1.0
-    below, _ = lstm._direction(lstm.cells[1], torch.zeros(3, 2, 32), torch.zeros(2, 32), torch.zeros(2, 32), None, False)
+    zeros = torch.zeros(2, 32)
+    below, _ = lstm._direction(lstm.cells[1], torch.zeros(3, 2, 32), zeros, zeros, None, False)
     torch.testing.assert_close(lstm(x)[0], below)
     with pytest.warns(UserWarning, match="does nothing with num_layers=1"):
         lnc.LayerNormLSTM(4, 4, dropout=0.5)
