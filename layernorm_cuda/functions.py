@@ -65,8 +65,6 @@ def _project(v, x, normalized_shape, stats, rms):
 class _Normalised(Function):
     """xhat of x [*, *normalized_shape] from the stats that its forward saved."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, normalized_shape, stats, rms):
         return reference.normalised(x, normalized_shape, stats, rms).reshape(x.shape)
@@ -88,20 +86,19 @@ class _Normalised(Function):
     def jvp(ctx, tangent, *_):
         return _Normalised.backward(ctx, tangent)[0]
 
+    @classmethod
+    def vmap(cls, info, in_dims, x, normalized_shape, stats, rms):
+        (x,) = _batched(info, (x,), in_dims[:1])
+        return apply(cls, x, normalized_shape, _batched_stats(info, stats, in_dims[2]), rms), 0
 
-class _Rstd(Function):
+
+class _Rstd(_Normalised):
     """rstd [*, 1, ...] of x [*, *normalized_shape] from the stats that its forward saved."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, normalized_shape, stats, rms):
         leading = x.shape[: x.dim() - len(normalized_shape)]
         return stats[-1].reshape(leading + (1,) * len(normalized_shape)).clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _Normalised.setup_context(ctx, inputs, output)
 
     @staticmethod
     def _slope(ctx):
@@ -130,9 +127,7 @@ class NormFunction(Function):
 
     @staticmethod
     def forward(input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype):
-        output, total, stats = _ops.norm_forward(
-            input, residual, normalized_shape, weight, bias, eps, rms, True, dtype
-        )
+        output, total, stats = _ops.norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
         return output, None if residual is None else total, stats
 
     @staticmethod
@@ -207,15 +202,19 @@ class NormFunction(Function):
         input, residual = _batched(info, (input, residual), (in_dims[0], in_dims[1]))
         params = weight, bias
         inside = all(dim is None for dim in (in_dims[3], in_dims[4]))
-        arguments = params if inside else (None, None)
-        output, total, stats = apply(
-            NormFunction, input, residual, normalized_shape, *arguments, eps, rms, save_stats, dtype
-        )
-        if not inside:
-            result = output.dtype
+        if inside:
+            output, total, stats = apply(
+                NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype
+            )
+        else:
+            summed = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+            wide = reference.accumulate_dtype(summed)
+            output, total, stats = apply(
+                NormFunction, input, residual, normalized_shape, None, None, eps, rms, save_stats, wide
+            )
             weight, bias = _aligned(params, (in_dims[3], in_dims[4]), output.dim())
             output = output if weight is None else output * weight
-            output = (output if bias is None else output + bias).to(result)
+            output = (output if bias is None else output + bias).to(dtype or summed)
         stats = stats.reshape(stats.shape[0], info.batch_size, -1)
         return (output, total, stats), (0, None if residual is None else 0, 1)
 
@@ -310,24 +309,21 @@ class NormBackwardFunction(Function):
         )
 
     @staticmethod
-    def vmap(info, in_dims, grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype):
-        k = stats.shape[1] if in_dims[5] == 0 else stats.shape[0]
+    def vmap(
+        info, in_dims, grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype
+    ):
         dy, grad_sum, x = _batched(info, (grad_output, grad_sum, input), (in_dims[0], in_dims[1], in_dims[2]))
-        if in_dims[5] is None:
-            stats = stats.unsqueeze(1).expand(k, info.batch_size, -1)
-        else:
-            stats = stats.movedim(in_dims[5], 1)
-        stats = stats.reshape(k, -1)
+        stats = _batched_stats(info, stats, in_dims[5])
+        wide_dy = dy.to(stats.dtype)
         g, inside = dy, weight
         if weight is not None and in_dims[4] is not None:
             (aligned,) = _aligned((weight,), (in_dims[4],), dy.dim())
-            g, inside = (dy * aligned).to(dy.dtype), None
+            g, inside = (wide_dy * aligned).to(stats.dtype), None
         dx = dw = db = None
         if output_mask[0]:
             mask = [True, False, False]
             dx, _, _ = apply(NormBackwardFunction, g, grad_sum, x, normalized_shape, inside, stats, rms, mask, None)
         rows = tuple(range(1, dy.dim() - len(normalized_shape)))
-        wide_dy = dy.to(stats.dtype)
         if output_mask[1]:
             xhat = apply(_Normalised, x.to(stats.dtype), normalized_shape, stats, rms)
             dw = wide_dy * xhat
@@ -346,6 +342,12 @@ def _batched(info, tensors, dims):
         return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
     return [front(t, dim) for t, dim in zip(tensors, dims, strict=True)]
+
+
+def _batched_stats(info, stats, dim):
+    """[k, rows] of every sample as [k, batch * rows]."""
+    stats = stats.unsqueeze(1).expand(-1, info.batch_size, -1) if dim is None else stats.movedim(dim, 1)
+    return stats.reshape(stats.shape[0], -1)
 
 
 def _aligned(params, dims, ndim):

@@ -1,8 +1,8 @@
 """One switch for the whole suite: LAYERNORM_CUDA_TEST_BACKEND.
 
-    (unset)   the installed build, whatever it is
-    host      the CUDA kernels, executed on the CPU: tests/host
-    python    no compiled module: plain PyTorch operations
+(unset)   the installed build, whatever it is
+host      the CUDA kernels, executed on the CPU: tests/host
+python    no compiled module: plain PyTorch operations
 """
 
 import sys

@@ -79,7 +79,9 @@ def test_outlier(outlier, where, device):
 # ---- range ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale, eps", [(1e-30, 0.0), (1e-25, 0.0), (1e-19, 0.0), (1e-10, 0.0), (1e19, 1e-5), (1e30, 1e-5)])
+@pytest.mark.parametrize(
+    "scale, eps", [(1e-30, 0.0), (1e-25, 0.0), (1e-19, 0.0), (1e-10, 0.0), (1e19, 1e-5), (1e30, 1e-5)]
+)
 @pytest.mark.parametrize("cols", [2, 100, 1000, 4096, 12289])
 @pytest.mark.parametrize("norm_", ["layer", "rms"])
 def test_range(norm_, cols, scale, eps, device):
@@ -336,8 +338,10 @@ def test_third_derivative():
     for function in (lnc.layer_norm, lambda x, shape: norm(x, shape)):
         d = (function(x, (5,)) * u).sin().sum()
         for _ in range(3):
-            (d,) = torch.autograd.grad(d, x, torch.cos(u), create_graph=True) if d.dim() else torch.autograd.grad(
-                d, x, create_graph=True
+            (d,) = (
+                torch.autograd.grad(d, x, torch.cos(u), create_graph=True)
+                if d.dim()
+                else torch.autograd.grad(d, x, create_graph=True)
             )
         results.append(d)
     torch.testing.assert_close(*results)

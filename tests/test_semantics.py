@@ -264,7 +264,9 @@ def test_inference_creates_no_function(monkeypatch):
     calls = []
     forward = _ops.norm_forward
     monkeypatch.setattr(_ops, "norm_forward", lambda *args: calls.append(args) or forward(*args))
-    monkeypatch.setattr("layernorm_cuda.functional.apply", lambda *args: pytest.fail("a Function on the inference path"))
+    monkeypatch.setattr(
+        "layernorm_cuda.functional.apply", lambda *args: pytest.fail("a Function on the inference path")
+    )
     with torch.no_grad():
         y = lnc.layer_norm(x, (8,), w)
     assert y.grad_fn is None and not y.requires_grad
