@@ -70,10 +70,18 @@ $(VENV)/.%: pyproject.toml | $(bin)/python
 
 # ---- the program without PyTorch: needs make and nvcc (11.8 or newer), nothing else --------------------------------
 NVCC ?= $(if $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc,nvcc)
-archs = $(filter compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_120,\
-	$(shell $(NVCC) --list-gpu-arch))
-ptx = $(lastword $(archs))
-NVCCFLAGS ?= $(foreach arch,$(archs),-gencode arch=$(arch),code=$(arch:compute_%=sm_%)) -gencode arch=$(ptx),code=$(ptx)
+archs = $(filter 75 80 86 89 90 100 120,$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch)))
+# As in build_support/toolkit.py: machine code of several architectures from one PTX.
+ptx_75 := 75
+ptx_80 := 80
+ptx_86 := 80
+ptx_89 := 80
+ptx_90 := 90
+ptx_100 := 90
+ptx_120 := 90
+ptx = $(ptx_$(lastword $(archs)))
+NVCCFLAGS ?= $(foreach arch,$(archs),-gencode arch=compute_$(ptx_$(arch)),code=sm_$(arch)) \
+	-gencode arch=compute_$(ptx),code=compute_$(ptx)
 
 standalone_dir := build/standalone
 standalone_objects := $(patsubst csrc/%.cu,$(standalone_dir)/%.o,$(wildcard csrc/standalone/*.cu csrc/kernels/*.cu))

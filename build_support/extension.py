@@ -157,10 +157,8 @@ def _extension(build: Build, found: toolkit.Toolkit | None, runtime: Path | None
             nvcc += toolkit.gencode(archs)
             build.archs = " ".join(archs)
             if toolkit.left_out(found):
-                newer = ", ".join(toolkit.left_out(found))
-                build.note = (
-                    f"nvcc {found.version} is older than architectures {newer}: they run the PTX of {archs[-1]}"
-                )
+                newer, ptx = ", ".join(toolkit.left_out(found)), toolkit.ptx_arch(archs[-1])
+                build.note = f"nvcc {found.version} is older than architectures {newer}: they run the PTX of {ptx}"
     cpp_extension = _cpp_extension(found)
     macros = {"TORCH_VERSION": build.torch, "CUDA_VERSION": build.cuda, "ARCH_LIST": build.archs}
     cxx += [f'-DLAYERNORM_CUDA_{name}="{value}"' for name, value in macros.items()]

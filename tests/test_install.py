@@ -163,17 +163,20 @@ def test_default_archs_of_a_new_and_an_old_nvcc(tmp_path):
     make_toolkit(tmp_path / "11", "11.8", NVCC_118)
     new = toolkit.find("13.0", {"CUDA_HOME": str(tmp_path / "13")})
     old = toolkit.find("11.8", {"CUDA_HOME": str(tmp_path / "11")})
-    assert toolkit.default_archs(new) == ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+    assert toolkit.default_archs(new) == ("7.5", "8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
     assert toolkit.left_out(new) == ()
     assert toolkit.default_archs(old) == ("7.5", "8.0", "8.6", "8.9", "9.0+PTX")
     assert toolkit.left_out(old) == ("10.0", "12.0")
 
 
-def test_gencode():
-    assert toolkit.gencode(["7.5", "12.0+PTX"]) == [
+def test_gencode_makes_ptx_of_three_architectures_at_most():
+    assert toolkit.gencode(["7.5", "8.6", "8.9", "9.0+PTX", "12.0"]) == [
         "-gencode=arch=compute_75,code=sm_75",
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_120,code=compute_120",
+        "-gencode=arch=compute_80,code=sm_86",
+        "-gencode=arch=compute_80,code=sm_89",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_90,code=sm_120",
     ]
 
 
@@ -212,11 +215,11 @@ def test_cuda_is_built_where_a_toolkit_is_found_gpu_or_not(configure, tmp_path):
     make_toolkit(tmp_path / "cuda")
     build = configure("auto", home=tmp_path / "cuda")
     assert "-DLAYERNORM_CUDA_WITH_CUDA=1" in flags(build, "cxx")
-    assert '-DLAYERNORM_CUDA_ARCH_LIST="7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"' in flags(build, "cxx")
+    assert '-DLAYERNORM_CUDA_ARCH_LIST="7.5 8.0 8.6 8.9 9.0+PTX 10.0 12.0"' in flags(build, "cxx")
     assert flags(build, "nvcc").count("-gencode") == 8
     assert not re.search("fast.?math|ftz", flags(build, "nvcc") + flags(build, "cxx"))
     assert build.summary.startswith(f"layernorm_cuda: built for torch {torch.__version__} with ")
-    assert build.summary.endswith("; CUDA 13.0 for 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX")
+    assert build.summary.endswith("; CUDA 13.0 for 7.5 8.0 8.6 8.9 9.0+PTX 10.0 12.0")
     assert "\n" not in build.summary
 
 
@@ -231,7 +234,7 @@ def test_arch_list_of_the_user_is_left_to_torch(configure, monkeypatch, tmp_path
 def test_newest_architectures_left_out_with_a_message(configure, tmp_path):
     make_toolkit(tmp_path / "cuda", "11.8", NVCC_118)
     build = configure("on", cuda="11.8", home=tmp_path / "cuda")
-    assert build.note == "nvcc 11.8 is older than architectures 10.0, 12.0: they run the PTX of 9.0+PTX"
+    assert build.note == "nvcc 11.8 is older than architectures 10.0, 12.0: they run the PTX of 9.0"
 
 
 @pytest.mark.parametrize(
