@@ -331,7 +331,7 @@ def test_layer_includes_nothing_of_torch(layer):
         for line, opening, name in re.findall(r'^(\s*#\s*include\s*([<"])([^>"]+).*)$', path.read_text(), re.MULTILINE):
             where = f"{path.relative_to(ROOT)}: {line.strip()}"
             assert not re.match(r"(torch|ATen|c10|caffe2|pybind11|Python\.h)", name), where
-            if opening == '"':
+            if opening == '"' and name != "cuda_host.h":  # CUDA's stand-in in tests/host
                 found = [base / name for base in (path.parent, ROOT / "csrc") if (base / name).exists()]
                 assert found, where
                 assert any(found[0].resolve().is_relative_to(folder) for folder in allowed), where
