@@ -7,6 +7,8 @@
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
+#include <sstream>
+
 #include "cpu/cpu.h"
 #include "kernels/params.h"
 #ifdef LAYERNORM_CUDA_WITH_CUDA
@@ -125,17 +127,20 @@ const char* name_of(bool rms, bool residual) {
   return residual ? rms ? "add_rms_norm" : "add_layer_norm" : rms ? "rms_norm" : "layer_norm";
 }
 
-Problem check_input(const char* name, const Tensor& input, IntArrayRef shape) {
+Problem check_input(const char* name, const Tensor& input, IntArrayRef shape, bool rms) {
   TORCH_CHECK(!shape.empty(), name, ": expected normalized_shape to have at least one dimension, got ()");
   auto sizes = input.sizes();
   size_t leading = sizes.size() - shape.size();
-  TORCH_CHECK(sizes.size() >= shape.size() && sizes.slice(leading) == shape, name, ": given normalized_shape=", shape,
-              ", expected input with shape [*", [&] {
-                std::string list;
-                for (int64_t n : shape) list += ", " + std::to_string(n);
-                return list;
-              }(),
-              "], but got input of size ", sizes);
+  auto mismatch = [&] {
+    std::ostringstream message;
+    message << name << ": given normalized_shape=" << shape << ", expected input with shape [*";
+    for (int64_t n : shape) message << ", " << n;
+    message << "], but got input of size " << sizes;
+    return message.str();
+  };
+  // rms_norm of PyTorch has an error type of its own for too few dimensions.
+  if (rms) TORCH_CHECK_VALUE(sizes.size() >= shape.size(), mismatch());
+  TORCH_CHECK(sizes.size() >= shape.size() && sizes.slice(leading) == shape, mismatch());
   TORCH_CHECK_NOT_IMPLEMENTED(is_supported(input.scalar_type()), name, ": not implemented for '",
                               toString(input.scalar_type()),
                               "'; expected input of dtype float64, float32, float16 or bfloat16");
@@ -185,7 +190,7 @@ Rows rows_of(const Tensor& t, const Problem& p) {
     if (level >= 0 && strides[d] == size[level] * stride[level]) {
       size[level] *= sizes[d];
     } else {
-      if (++level == 2) return copy();
+      if (++level == 2 || (level == 1 && p.rows > UINT32_MAX)) return copy();
       size[level] = sizes[d];
       stride[level] = strides[d];
     }
@@ -193,7 +198,11 @@ Rows rows_of(const Tensor& t, const Problem& p) {
   return {t, {size[0], stride[0], stride[1]}};
 }
 
-Tensor contiguous_as(const Tensor& t, ScalarType dtype) { return t.to(dtype).contiguous(); }
+// Weight or bias as the kernels read it.
+Tensor param_as(const Tensor& t, ScalarType dtype) {
+  Tensor p = t.to(dtype).contiguous();
+  return reinterpret_cast<uintptr_t>(p.data_ptr()) % 16 == 0 ? p : p.clone();
+}
 
 }  // namespace
 
@@ -203,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& input_, const Opti
                                                 IntArrayRef normalized_shape, const OptionalTensor& weight,
                                                 const OptionalTensor& bias, double eps, bool rms, bool save_stats,
                                                 std::optional<ScalarType> dtype) {
-  Problem p = check_input(name_of(rms, residual_.has_value()), input_, normalized_shape);
+  Problem p = check_input(name_of(rms, residual_.has_value()), input_, normalized_shape, rms);
   check_param(p, "weight", weight, input_, normalized_shape);
   check_param(p, "bias", bias, input_, normalized_shape);
   Tensor input = input_, residual;
@@ -224,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& input_, const Opti
   DeviceGuard guard(input);
   Rows x = rows_of(input, p), r;
   if (residual.defined()) r = rows_of(residual, p);
-  Tensor w = weight ? contiguous_as(*weight, params) : Tensor(), b = bias ? contiguous_as(*bias, params) : Tensor();
+  Tensor w = weight ? param_as(*weight, params) : Tensor(), b = bias ? param_as(*bias, params) : Tensor();
   auto options = input.options();
   Tensor output = at::empty(input.sizes(), options.dtype(output_type)), sum, stats;
   if (residual.defined()) sum = at::empty(input.sizes(), options);
@@ -257,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
                                                  const OptionalTensor& weight, const Tensor& stats, bool rms,
                                                  std::array<bool, 3> output_mask,
                                                  std::optional<ScalarType> bias_dtype) {
-  Problem p = check_input(rms ? "rms_norm_backward" : "layer_norm_backward", input, normalized_shape);
+  Problem p = check_input(rms ? "rms_norm_backward" : "layer_norm_backward", input, normalized_shape, rms);
   check_param(p, "weight", weight, input, normalized_shape);
   check_like_input(p, "grad_output", grad_output, input);
   if (grad_sum) check_like_input(p, "grad_sum", *grad_sum, input);
@@ -274,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
   DeviceGuard guard(input);
   Rows x = rows_of(input, p), dy = rows_of(grad_output.to(output_type), p), ds;
   if (grad_sum && output_mask[0]) ds = rows_of(grad_sum->to(type), p);
-  Tensor w = weight ? contiguous_as(*weight, params) : Tensor();
+  Tensor w = weight ? param_as(*weight, params) : Tensor();
   auto options = input.options();
   Tensor dx, dw, db;
   if (output_mask[0]) dx = at::empty(input.sizes(), options);

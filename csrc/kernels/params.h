@@ -11,7 +11,8 @@ constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f3
 constexpr DType accumulate_type(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
 // Where the rows of a possibly strided array begin: row r at
-// (r / inner) * outer_stride + (r % inner) * inner_stride elements. Elements of a row are adjacent.
+// (r / inner) * outer_stride + (r % inner) * inner_stride elements. Elements of a row are adjacent. Where there are
+// two levels (inner < rows), rows is below 2^32.
 struct RowMap {
   int64_t inner, inner_stride, outer_stride;
   static RowMap contiguous(int64_t rows, int64_t cols) { return {rows > 0 ? rows : 1, cols, 0}; }
@@ -19,6 +20,7 @@ struct RowMap {
 
 // T: dtype (input). P: param_dtype. O: output_dtype. A: accumulate_type(dtype).
 // Combinations that exist: P is T or A; O is T or A, and O = A only where P = A.
+// On CUDA weight and bias begin at a multiple of 16 bytes; the other arrays may begin at any element.
 struct ForwardParams {
   const void* input;     // T [rows, cols] by input_rows
   const void* residual;  // T [rows, cols] by residual_rows, or null

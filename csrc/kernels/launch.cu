@@ -1,0 +1,70 @@
+// By data type; plans and their workspace.
+#include "launch.cuh"
+
+namespace lnc::cuda {
+
+const DeviceTraits& current_device_traits() {
+#ifdef LNC_HOST_EXECUTION
+  return lnc::host::device_traits();
+#else
+  constexpr int kMaxDevices = 64;
+  static thread_local DeviceTraits known[kMaxDevices];
+  int device = 0;
+  cudaGetDevice(&device);
+  DeviceTraits& traits = known[device % kMaxDevices];
+  if (traits.sm_count == 0) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaDeviceGetAttribute(&traits.sm_count, cudaDevAttrMultiProcessorCount, device);
+    traits.arch = 10 * major + minor;
+  }
+  return traits;
+#endif
+}
+
+int64_t forward_workspace(const ForwardParams& p, const DeviceTraits& device) {
+  const Plan plan = plan_forward(p.rows, p.cols, p.dtype, device);
+  return plan.is_sliced() ? 2 * p.rows * plan.slices * size_of(accumulate_type(p.dtype)) : 0;
+}
+
+int64_t backward_workspace(const BackwardParams& p, const DeviceTraits& device) {
+  const Plan plan = plan_backward(p.rows, p.cols, p.dtype, device);
+  const int64_t size = size_of(accumulate_type(p.dtype));
+  const int64_t partials = size == 8 ? partials_bytes<double>(p, plan) : partials_bytes<float>(p, plan);
+  return partials + (plan.is_sliced() ? 2 * p.rows * plan.slices * size : 0);
+}
+
+cudaError_t forward(const ForwardParams& p, const DeviceTraits& device, cudaStream_t stream) {
+  const Plan plan = plan_forward(p.rows, p.cols, p.dtype, device);
+  switch (p.dtype) {
+    case DType::f32:
+      return launch_forward<float>(p, plan, stream);
+    case DType::f16:
+      return launch_forward<__half>(p, plan, stream);
+    case DType::bf16:
+      return launch_forward<__nv_bfloat16>(p, plan, stream);
+    case DType::f64:
+      return launch_forward<double>(p, plan, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t backward(const BackwardParams& p, const DeviceTraits& device, cudaStream_t stream) {
+  const Plan plan = plan_backward(p.rows, p.cols, p.dtype, device);
+  const bool wide = p.output_dtype != p.dtype;
+  switch (p.dtype) {
+    case DType::f32:
+      return launch_backward<float, float>(p, plan, stream);
+    case DType::f16:
+      return wide ? launch_backward<__half, float>(p, plan, stream) : launch_backward<__half, __half>(p, plan, stream);
+    case DType::bf16:
+      return wide ? launch_backward<__nv_bfloat16, float>(p, plan, stream)
+                  : launch_backward<__nv_bfloat16, __nv_bfloat16>(p, plan, stream);
+    case DType::f64:
+      return launch_backward<double, double>(p, plan, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace lnc::cuda

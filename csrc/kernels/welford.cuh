@@ -1,0 +1,62 @@
+// Mean and squared deviations: of a thread's registers as one chunk, merged by Chan, Golub and LeVeque's formula
+// ("Updating formulae and a pairwise algorithm for computing sample variances", 1979), Welford's for more than one
+// value at a time.
+#pragma once
+#include "platform.cuh"
+
+namespace lnc {
+
+template <class A>
+struct Moments {
+  A n;     // how many values
+  A mean;  // their mean
+  A m2;    // sum of squared deviations from it
+};
+
+template <class A>
+__device__ inline A divide(A a, A b) {
+  return a / b;
+}
+// Two units in the last place: a share of two counts, off the critical path but for its instructions.
+template <>
+__device__ inline float divide(float a, float b) {
+  return __fdividef(a, b);
+}
+
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+template <class A>
+__device__ inline Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
+  const A n = a.n + b.n;
+  const A share = n > A(0) ? divide(b.n, n) : A(0);
+  const A delta = b.mean - a.mean;
+  return {n, multiply_add(delta, share, a.mean), multiply_add(delta * delta, a.n * share, a.m2 + b.m2)};
+}
+
+// Of two parts of the same count: shorter, and the same bits whichever comes first.
+template <class A>
+__device__ inline Moments<A> merge_equal(const Moments<A>& a, const Moments<A>& b) {
+  const A delta = b.mean - a.mean;
+  return {a.n + b.n, A(0.5) * (a.mean + b.mean), multiply_add(delta * delta, A(0.5) * a.n, a.m2 + b.m2)};
+}
+
+__device__ inline float inverse_sqrt(float v) {
+  const float r = rsqrtf(v);
+  return fmaf(0.5f * r, fmaf(-v * r, r, 1.0f), r);  // one Newton step: below one unit in the last place
+}
+__device__ inline double inverse_sqrt(double v) { return 1.0 / sqrt(v); }
+
+// The variances that can be used as they are, and the powers of two that bring the others' squares into range.
+template <class A>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float kSmallest = 1e-30f, kLargest = 3e38f, kUp = 0x1p100f, kDown = 0x1p-100f;
+};
+template <>
+struct Range<double> {
+  static constexpr double kSmallest = 1e-290, kLargest = 1e308, kUp = 0x1p500, kDown = 0x1p-600;
+};
+
+}  // namespace lnc
