@@ -1,6 +1,7 @@
 // pybind11: the operators without the dispatcher's argument parsing, and what was built.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -9,6 +10,34 @@
 #include "ops.h"
 
 namespace py = pybind11;
+
+namespace lnc {
+
+// normalized_shape as PyTorch's own functions take it: a tuple or list of whatever is an index, but no bool.
+struct Shape {
+  c10::SmallVector<int64_t, 4> sizes;
+};
+
+}  // namespace lnc
+
+template <>
+struct pybind11::detail::type_caster<lnc::Shape> {
+  PYBIND11_TYPE_CASTER(lnc::Shape, const_name("tuple[int, ...]"));
+
+  bool load(handle source, bool) {
+    if (!PyTuple_Check(source.ptr()) && !PyList_Check(source.ptr())) return false;
+    for (handle item : reinterpret_borrow<sequence>(source)) {
+      if (PyBool_Check(item.ptr())) return false;
+      auto size = PyNumber_AsSsize_t(item.ptr(), PyExc_OverflowError);
+      if (size == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return false;
+      }
+      value.sizes.push_back(size);
+    }
+    return true;
+  }
+};
 
 namespace lnc {
 namespace {
@@ -28,8 +57,8 @@ constexpr bool kWithCuda = false;
 // tensors, functorch, tracing) that would want to see the call in the dispatcher.
 bool is_plain(const Tensor& t) {
   using c10::DispatchKey;
-  constexpr c10::DispatchKeySet transparent{DispatchKey::Dense,        DispatchKey::AutogradFunctionality,
-                                            DispatchKey::AutocastCPU,  DispatchKey::AutocastCUDA,
+  constexpr c10::DispatchKeySet transparent{DispatchKey::Dense,         DispatchKey::AutogradFunctionality,
+                                            DispatchKey::AutocastCPU,   DispatchKey::AutocastCUDA,
                                             DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView};
   auto tls = c10::impl::tls_local_dispatch_key_set();
   auto opaque = (t.key_set() | tls.included_) - tls.excluded_ - transparent;
@@ -44,10 +73,11 @@ Outputs dispatch(const char* name, Args&&... args) {
   return op.call(std::forward<Args>(args)...);
 }
 
-Outputs forward(const Tensor& input, const OptionalTensor& residual, at::IntArrayRef shape,
+Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
                 const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool save_stats,
                 std::optional<ScalarType> dtype) {
   at::AutoDispatchBelowAutograd below_autograd;
+  at::IntArrayRef shape = normalized_shape.sizes;
   if (is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias))
     return norm_forward(input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
   return dispatch<Outputs(const Tensor&, const OptionalTensor&, c10::SymIntArrayRef, const OptionalTensor&,
@@ -56,16 +86,17 @@ Outputs forward(const Tensor& input, const OptionalTensor& residual, at::IntArra
       save_stats, dtype);
 }
 
-Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input, at::IntArrayRef shape,
-                 const OptionalTensor& weight, const Tensor& stats, bool rms, std::array<bool, 3> output_mask,
-                 std::optional<ScalarType> bias_dtype) {
+Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
+                 const Shape& normalized_shape, const OptionalTensor& weight, const Tensor& stats, bool rms,
+                 std::array<bool, 3> output_mask, std::optional<ScalarType> bias_dtype) {
   at::AutoDispatchBelowAutograd below_autograd;
+  at::IntArrayRef shape = normalized_shape.sizes;
   if (is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) && is_plain(stats))
     return norm_backward(grad_output, grad_sum, input, shape, weight, stats, rms, output_mask, bias_dtype);
   return dispatch<Outputs(const Tensor&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef,
                           const OptionalTensor&, const Tensor&, bool, std::array<bool, 3>, std::optional<ScalarType>)>(
-      "layernorm_cuda::norm_backward", grad_output, grad_sum, input, c10::fromIntArrayRefSlow(shape), weight, stats, rms,
-      output_mask, bias_dtype);
+      "layernorm_cuda::norm_backward", grad_output, grad_sum, input, c10::fromIntArrayRefSlow(shape), weight, stats,
+      rms, output_mask, bias_dtype);
 }
 
 #ifndef LAYERNORM_CUDA_TORCH_VERSION

@@ -25,44 +25,76 @@ BACKWARD_SCHEMA = (
 library = torch.library.Library("layernorm_cuda", "FRAGMENT")
 
 
-def check(name, input, normalized_shape, **others):
+def _name(rms, residual=None):
+    return ("add_" if residual is not None else "") + ("rms_norm" if rms else "layer_norm")
+
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_dtype(name, what, dtype):
+    if dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"{name}: not implemented for '{dtype}'; expected {what} of dtype float64, float32, float16 or bfloat16"
+        )
+
+
+def _check(name, input, normalized_shape, **others):
     """The checks of csrc/ops.cpp that need no data, for the paths that do not pass through it."""
     shape = tuple(normalized_shape)
     if not shape:
         raise RuntimeError(f"{name}: expected normalized_shape to have at least one dimension, got ()")
     if tuple(input.shape[max(input.dim() - len(shape), 0) :]) != shape:
         expected = ", ".join(["*", *map(str, shape)])
-        raise RuntimeError(
+        # rms_norm of PyTorch has an error type of its own for too few dimensions.
+        kind = ValueError if "rms" in name and input.dim() < len(shape) else RuntimeError
+        raise kind(
             f"{name}: given normalized_shape={list(shape)}, expected input with shape [{expected}], "
             f"but got input of size {list(input.shape)}"
         )
-    if input.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise NotImplementedError(
-            f"{name}: not implemented for '{input.dtype}'; "
-            "expected input of dtype float64, float32, float16 or bfloat16"
-        )
+    _check_dtype(name, "input", input.dtype)
     for what, tensor in others.items():
         if tensor is None:
             continue
-        expected = tuple(input.shape) if what.startswith(("residual", "grad")) else shape
+        like_input = what.startswith(("residual", "grad"))
+        expected = tuple(input.shape) if like_input else shape
         if tuple(tensor.shape) != expected:
-            source = "input" if what.startswith(("residual", "grad")) else "normalized_shape"
-            raise RuntimeError(
-                f"{name}: {what} has shape {tuple(tensor.shape)}, expected {expected} to match {source}"
-            )
+            source = "input" if like_input else "normalized_shape"
+            raise RuntimeError(f"{name}: {what} has shape {tuple(tensor.shape)}, expected {expected} to match {source}")
         if tensor.device != input.device:
             raise RuntimeError(
                 f"{name}: {what} is on {tensor.device}, expected all tensors to be on the same device as input, "
                 f"{input.device}"
             )
+        _check_dtype(name, what, tensor.dtype)
 
 
-def _name(rms, residual=None):
-    return ("add_" if residual is not None else "") + ("rms_norm" if rms else "layer_norm")
+def _check_forward(input, residual, normalized_shape, weight, bias, rms, dtype):
+    """Returns the dtype of input + residual."""
+    name = _name(rms, residual)
+    _check(name, input, normalized_shape, residual=residual, weight=weight, bias=bias)
+    type_ = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    wide = reference.accumulate_dtype(type_)
+    if dtype not in (None, type_, wide):
+        raise RuntimeError(f"{name}: output dtype {dtype} for input of {type_}; expected {type_} or {wide}")
+    return type_
+
+
+def _check_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask):
+    name = _name(rms) + "_backward"
+    _check(name, input, normalized_shape, weight=weight, grad_output=grad_output, grad_sum=grad_sum)
+    rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
+    wide, k = reference.accumulate_dtype(input.dtype), 1 if rms else 2
+    if stats.dtype != wide or stats.numel() != k * rows or stats.device != input.device:
+        raise RuntimeError(
+            f"{name}: stats must be what the forward saved: {wide} of shape [{k}, {rows}] on {input.device}"
+        )
+    if output_mask[1] and weight is None:
+        raise RuntimeError(f"{name}: a gradient of weight was asked for but there is no weight")
 
 
 def _python_forward(input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype):
-    check(_name(rms, residual), input, normalized_shape, residual=residual, weight=weight, bias=bias)
+    _check_forward(input, residual, normalized_shape, weight, bias, rms, dtype)
     output, total, stats = reference.norm_forward(
         input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype
     )
@@ -70,14 +102,7 @@ def _python_forward(input, residual, normalized_shape, weight, bias, eps, rms, s
 
 
 def _python_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype):
-    check(
-        _name(rms) + "_backward",
-        input,
-        normalized_shape,
-        weight=weight,
-        grad_output=grad_output,
-        grad_sum=grad_sum,
-    )
+    _check_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask)
     grads = reference.norm_backward(
         grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype
     )
@@ -92,15 +117,17 @@ else:
     library.impl("norm_forward", _python_forward, "CompositeExplicitAutograd")
     library.impl("norm_backward", _python_backward, "CompositeExplicitAutograd")
 
-    def _below_autograd(operator):
+    def _below_autograd(operator, position):
         def call(*args):
+            if not isinstance(args[position], (tuple, list)):
+                raise TypeError("normalized_shape must be a tuple of ints")
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
 
         return call
 
-    norm_forward = _below_autograd(torch.ops.layernorm_cuda.norm_forward)
-    norm_backward = _below_autograd(torch.ops.layernorm_cuda.norm_backward)
+    norm_forward = _below_autograd(torch.ops.layernorm_cuda.norm_forward, 2)
+    norm_backward = _below_autograd(torch.ops.layernorm_cuda.norm_backward, 3)
     warnings.warn(
         "layernorm_cuda: the compiled module could not be loaded, plain PyTorch operations are used in its place "
         f"(right, but not fast): {load_error}. {REBUILD}",
@@ -110,8 +137,7 @@ else:
 
 @torch.library.register_fake("layernorm_cuda::norm_forward", lib=library)
 def _fake_forward(input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype):
-    check(_name(rms, residual), input, normalized_shape, residual=residual, weight=weight, bias=bias)
-    sum_dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    sum_dtype = _check_forward(input, residual, normalized_shape, weight, bias, rms, dtype)
     shape, none = input.shape, input.new_empty(0)
     output = input.new_empty(shape, dtype=dtype or sum_dtype)
     sum_ = none if residual is None else input.new_empty(shape, dtype=sum_dtype)
@@ -124,6 +150,7 @@ def _fake_forward(input, residual, normalized_shape, weight, bias, eps, rms, sav
 
 @torch.library.register_fake("layernorm_cuda::norm_backward", lib=library)
 def _fake_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype):
+    _check_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask)
     grad_input = input.new_empty(input.shape if output_mask[0] else 0)
     grad_weight = input.new_empty(normalized_shape, dtype=weight.dtype) if output_mask[1] else input.new_empty(0)
     dtype = bias_dtype or reference.accumulate_dtype(input.dtype)

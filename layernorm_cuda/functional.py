@@ -50,7 +50,7 @@ def layer_norm(
         if not _is_ours(input):
             return torch.layer_norm(input, normalized_shape, weight, bias, eps)
         return _norm(input, None, normalized_shape, weight, bias, eps, False)[0]
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RuntimeError):
         _explain("layer_norm", normalized_shape, eps, input=input, weight=weight, bias=bias)
         raise
 
@@ -70,7 +70,7 @@ def rms_norm(
         if not _is_ours(input):
             return torch.rms_norm(input, normalized_shape, weight, eps)
         return _norm(input, None, normalized_shape, weight, None, _rms_eps(input, eps), True)[0]
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RuntimeError):
         _explain("rms_norm", normalized_shape, 0.0 if eps is None else eps, input=input, weight=weight)
         raise
 
@@ -99,7 +99,7 @@ def add_layer_norm(
             total = input + residual
             return torch.layer_norm(total, normalized_shape, weight, bias, eps), total
         return _norm(input, residual, normalized_shape, weight, bias, eps, False)
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RuntimeError):
         _explain("add_layer_norm", normalized_shape, eps, input=input, residual=residual, weight=weight, bias=bias)
         raise
 
@@ -117,9 +117,7 @@ def add_rms_norm(
     """
     if has_torch_function_variadic(input, residual, weight):
         tensors = (input, residual, weight)
-        return handle_torch_function(
-            add_rms_norm, tensors, input, residual, normalized_shape, weight=weight, eps=eps
-        )
+        return handle_torch_function(add_rms_norm, tensors, input, residual, normalized_shape, weight=weight, eps=eps)
     try:
         if residual is None:
             raise TypeError
@@ -127,7 +125,7 @@ def add_rms_norm(
             total = input + residual
             return torch.rms_norm(total, normalized_shape, weight, eps), total
         return _norm(input, residual, normalized_shape, weight, None, _rms_eps(input, eps, residual), True)
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RuntimeError):
         eps = 0.0 if eps is None else eps
         _explain("add_rms_norm", normalized_shape, eps, input=input, residual=residual, weight=weight)
         raise
@@ -148,13 +146,9 @@ def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None)
     ) or torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
         operator = torch.ops.layernorm_cuda.norm_forward
-        outputs = operator(
-            input, residual, normalized_shape, weight, bias, eps, rms, differentiable, dtype
-        )
+        outputs = operator(input, residual, normalized_shape, weight, bias, eps, rms, differentiable, dtype)
     elif differentiable or torch.autograd.forward_ad._current_level >= 0:
-        outputs = apply(
-            NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype
-        )
+        outputs = apply(NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
     else:
         outputs = _ops.norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, False, dtype)
     return outputs[0], outputs[1]
@@ -203,11 +197,15 @@ def _explain(name, normalized_shape, eps, **tensors):
     for what, value in tensors.items():
         if not isinstance(value, Tensor) and (value is not None or what in ("input", "residual")):
             raise TypeError(f"{name}: {what} must be a Tensor, not {type(value).__name__}") from None
-    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
+    if not isinstance(normalized_shape, (tuple, list)):
         kind = type(normalized_shape).__name__
-        raise TypeError(f"{name}: normalized_shape must be a tuple of ints, not {kind}; for one dimension, (n,)") from None
+        raise TypeError(
+            f"{name}: normalized_shape must be a tuple of ints, not {kind}; for one dimension, (n,)"
+        ) from None
     for size in normalized_shape:
-        if not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"{name}: normalized_shape must be a tuple of ints, got a {type(size).__name__} in it") from None
-    if not isinstance(eps, (int, float, torch.SymFloat)):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(
+                f"{name}: normalized_shape must be a tuple of ints, got a {type(size).__name__} in it"
+            ) from None
+    if not hasattr(eps, "__float__") or (isinstance(eps, Tensor) and eps.numel() != 1):
         raise TypeError(f"{name}: eps must be a number, not {type(eps).__name__}") from None

@@ -42,7 +42,7 @@ def norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, save
     scaled = (centred * scale).square().mean(1, keepdim=True)
     ordinary = scaled / scale / scale + eps
     rstd = torch.where(ordinary > 1e-30, ordinary.rsqrt(), scale * (scaled + eps * scale * scale).rsqrt())
-    rstd = torch.where(torch.isfinite(ordinary), rstd, scale * scaled.rsqrt())
+    rstd = torch.where(ordinary == math.inf, scale * scaled.rsqrt(), rstd)
     rstd = torch.where((scaled == 0) & (eps == 0), torch.zeros_like(rstd), rstd)
     y = centred * rstd
     if weight is not None:
