@@ -9,8 +9,9 @@
 namespace lnc {
 
 struct DeviceTraits {
-  int arch;      // 10 * major + minor of the compute capability
-  int sm_count;  // multiprocessors
+  int arch;                    // 10 * major + minor of the compute capability
+  int sm_count;                // multiprocessors
+  const char* tier = nullptr;  // the only tiers to choose from, by name, to measure them; null for all
 };
 
 constexpr int kWholeWarps = 0;
@@ -67,23 +68,27 @@ constexpr Tier kBackwardTiers[] = {
 
 struct Plan {
   const Tier* tier;
-  int threads;          // a block
+  int threads;  // a block
   int threads_per_row;
-  int rows_per_block;   // at a time
+  int rows_per_block;  // at a time
   int64_t blocks_x, blocks_y;
   int64_t slice_cols, slices;  // of a row
-  int64_t partials;     // backward: how many sets of weight and bias gradients the second kernel folds
-  bool is_sliced() const { return slices > 1; }
+  int64_t partials;            // backward: how many sets of weight and bias gradients the second kernel folds
+  bool is_sliced() const { return tier->max_packs == INT64_MAX; }
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
+constexpr bool same_name(const char* a, const char* b) { return *a == *b && (!*a || same_name(a + 1, b + 1)); }
+
 template <int K>
-constexpr const Tier* find_tier(const Tier (&tiers)[K], int64_t packs, int64_t element) {
+constexpr const Tier* find_tier(const Tier (&tiers)[K], int64_t packs, int64_t element, const char* name) {
   for (const Tier& t : tiers)
-    if (packs <= t.max_packs && element >= t.min_element && element <= t.max_element) return &t;
+    if (packs <= t.max_packs && element >= t.min_element && element <= t.max_element &&
+        (!name || same_name(name, t.name)))
+      return &t;
   return &tiers[K - 1];
 }
 
@@ -93,7 +98,7 @@ inline Plan lay_out(const Tier* tier, int64_t cols, int64_t element) {
   const int64_t pack = 16 / element, packs = ceil_div(cols, pack);
   Plan plan{tier};
   plan.slices = 1, plan.slice_cols = cols;
-  if (tier->max_packs == INT64_MAX) {
+  if (plan.is_sliced()) {
     plan.slice_cols = int64_t(tier->threads) * tier->vecs * pack;
     plan.slices = ceil_div(cols, plan.slice_cols);
   }
@@ -102,9 +107,9 @@ inline Plan lay_out(const Tier* tier, int64_t cols, int64_t element) {
   return plan;
 }
 
-inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits&) {
+inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
   const int64_t element = size_of(dtype);
-  Plan plan = lay_out(find_tier(kForwardTiers, ceil_div(cols, 16 / element), element), cols, element);
+  Plan plan = lay_out(find_tier(kForwardTiers, ceil_div(cols, 16 / element), element, device.tier), cols, element);
   plan.threads = plan.tier->group == kWholeWarps ? plan.threads_per_row : plan.tier->threads;
   plan.rows_per_block = plan.threads / plan.threads_per_row;
   plan.blocks_x = plan.is_sliced() ? plan.slices : ceil_div(rows, plan.rows_per_block);
@@ -114,7 +119,7 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTr
 
 inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
   const int64_t element = size_of(dtype);
-  Plan plan = lay_out(find_tier(kBackwardTiers, ceil_div(cols, 16 / element), element), cols, element);
+  Plan plan = lay_out(find_tier(kBackwardTiers, ceil_div(cols, 16 / element), element, device.tier), cols, element);
   if (plan.is_sliced()) {
     plan.threads = plan.threads_per_row;
     plan.rows_per_block = 1;
