@@ -2,11 +2,10 @@
 
 import ctypes
 
+import host
 import numpy as np
 import pytest
-
-from tests import host
-from tests.host import build
+from host import build
 
 if reason := host.unsupported():
     pytest.skip(reason, allow_module_level=True)

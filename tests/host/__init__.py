@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import subprocess
 from dataclasses import dataclass
 
@@ -29,9 +30,10 @@ class Report:
 class Library:
     """A library with the machine in it, and what the machine saw."""
 
-    def __init__(self, path):
+    def __init__(self, path, lazy=False):
+        """lazy: functions that are missing are noticed when called."""
         self.path = path
-        self.calls = ctypes.CDLL(str(path))
+        self.calls = ctypes.CDLL(str(path), mode=os.RTLD_LAZY if lazy else ctypes.DEFAULT_MODE)
         self.calls.lnc_host_report.restype = ctypes.c_char_p
         self.calls.lnc_host_array.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_char]
         self.calls.lnc_host_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]

@@ -4,6 +4,7 @@ ninja rebuilds what changed. MAX_JOBS, CXX and LNC_HOST_BUILD (another output fo
 """
 
 import fcntl
+import importlib.util
 import os
 import platform
 import shutil
@@ -91,5 +92,52 @@ def machine(flags=()):
     return [(source, list(flags)) for source in MACHINE]
 
 
+def kernels(csrc, flags):
+    return [(source, [*KERNEL, *flags]) for source in sorted((csrc / "kernels").glob("*.cu"))]
+
+
+def backend(csrc, flags=()):
+    return [(HERE / "backend.cpp", [f"-I{csrc}", *flags])]
+
+
 def toys():
     return build("toys", [(HERE / "toys.cpp", [*KERNEL, *INSTRUMENT]), *machine()])
+
+
+def checked():
+    """Every access of the kernels is checked and counted."""
+    csrc = ROOT / "csrc"
+    return build("checked", [*kernels(csrc, INSTRUMENT), *backend(csrc), *machine()])
+
+
+def mutants(csrc):
+    """The same from an edited copy of the sources, in which lnc_host_mutant chooses between edits."""
+    flags = ["-include", str(HERE / "mutant.h"), "-DLNC_HOST_MUTANTS"]
+    return build("mutants", [*kernels(csrc, [*INSTRUMENT, *flags]), *backend(csrc), *machine(flags)])
+
+
+def sanitized():
+    """Kernels and machine under AddressSanitizer and UBSan; libasan has to be loaded before it."""
+    csrc = ROOT / "csrc"
+    sources = [*kernels(csrc, SANITIZE), *backend(csrc, SANITIZE), *machine(SANITIZE)]
+    return build("sanitized", sources, ["-shared", *SANITIZE])
+
+
+def load_extension():
+    """``layernorm_cuda._C`` in which CPU tensors go through the CUDA kernels; registers the operators."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    csrc, libraries = ROOT / "csrc", Path(torch.__file__).parent / "lib"
+    includes = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
+    glue = ["-std=c++20", "-Wno-unused-parameter", "-DTORCH_EXTENSION_NAME=_C", f"-I{csrc}", *includes]
+    glue.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    sources = [(source, glue) for source in sorted(csrc.glob("*.cpp"))]
+    instrument = INSTRUMENT if os.environ.get("LNC_HOST_CHECKED") == "1" else []
+    name = "_C" + ("_checked" if instrument else "")
+    link = ["-shared", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    path = build(name, [*sources, *kernels(csrc, instrument), *backend(csrc), *machine()], link)
+    spec = importlib.util.spec_from_file_location("layernorm_cuda._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -578,3 +578,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 void lnc_host_device(int arch, int sm_count, uint64_t seed) { lnc::host::device() = {arch, sm_count, seed}; }
+
+#ifdef LNC_HOST_MUTANTS
+int lnc_host_mutant = 0;
+#endif

@@ -7,6 +7,11 @@
 
 namespace lnc {
 
+struct DeviceTraits;
+namespace host {
+const DeviceTraits& device_traits();
+}
+
 // bar.sync id, threads
 inline void group_barrier(int id, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::named_barrier(id, threads, {file, line});

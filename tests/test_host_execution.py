@@ -1,0 +1,360 @@
+"""The CUDA kernels' own source, executed thread by thread on the CPU: right results, no fault, no byte too many."""
+
+import ctypes
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import host
+import numpy as np
+import pytest
+from host import build
+from host.kernels import Case, Kernels, Rows, accumulate, narrow
+
+if reason := host.unsupported():
+    pytest.skip(reason, allow_module_level=True)
+
+
+SANITIZED = os.environ.get("LNC_HOST_SANITIZED") == "1"
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return Kernels(build.sanitized() if SANITIZED else build.checked())
+
+
+# ---- right results --------------------------------------------------------------------------------------------------
+
+# Half a unit in the last place after arithmetic in the accumulation type.
+RELATIVE = {"f64": 1e-13, "f32": 4e-6, "f16": 2.0**-11 * 1.01, "bf16": 2.0**-8 * 1.01}
+ABSOLUTE = {"f64": 1e-13, "f32": 4e-6, "f16": 4e-6, "bf16": 4e-6}
+
+
+counted = pytest.mark.skipif(SANITIZED, reason="this build counts nothing")
+
+
+def close(rows, truth, scale=1.0):
+    """scale: the size of what was added up, where that is more than the result's own."""
+    np.testing.assert_allclose(
+        rows.values, np.broadcast_to(truth, rows.values.shape), RELATIVE[rows.dtype], ABSOLUTE[rows.dtype] * scale
+    )
+
+
+def value(rows, default):
+    return default if rows is None else rows.values
+
+
+def normalise(case, x):
+    """(xhat, 1 / standard deviation) in float64."""
+    centred = x if case.rms else x - x.mean(1, keepdims=True)
+    rstd = 1 / np.sqrt((centred**2).mean(1, keepdims=True) + case.eps)
+    return centred * rstd, rstd
+
+
+def check_forward(case, inputs, results):
+    x = inputs["input"].values + value(inputs["residual"], 0)
+    if case.residual:
+        close(results["sum"], x)
+        x = results["sum"].values
+    xhat, rstd = normalise(case, x)
+    close(results["output"], xhat * value(inputs["weight"], 1) + value(inputs["bias"], 0), 2)
+    if case.stats:
+        stats, kind = results["stats"].values, accumulate(case.dtype)
+        np.testing.assert_allclose(stats[-1], rstd[:, 0], RELATIVE[kind])
+        if not case.rms:
+            deviations = x - x[:, :1]
+            np.testing.assert_allclose(stats[0], deviations.mean(1), 0, ABSOLUTE[kind] * np.abs(deviations).max())
+
+
+def check_backward(case, inputs, x, results):
+    xhat, rstd = normalise(case, x.values)
+    dy = inputs["grad_output"].values
+    g = dy * value(inputs["weight"], 1)
+    projected = g - xhat * (g * xhat).mean(1, keepdims=True)
+    dx = rstd * (projected if case.rms else projected - g.mean(1, keepdims=True)) + value(inputs["grad_sum"], 0)
+    size = np.sqrt(case.rows) * 4
+    for name, truth, scale in (
+        ("grad_input", dx, 4 * max(1.0, np.abs(rstd).max())),
+        ("grad_weight", (dy * xhat).sum(0), size),
+        ("grad_bias", dy.sum(0), size),
+    ):
+        if results[name] is not None:
+            close(results[name], truth, scale)
+
+
+def run(kernels, case, **device):
+    """Forward and backward; (what they wrote, what the machine counted)."""
+    kernels.reset()
+    kernels.device(**device)
+    inputs = kernels.inputs(case)
+    forward = kernels.forward(case, inputs)
+    assert not (reports := kernels.result()[0]), "\n".join(map(str, reports))
+    assert kernels.status == 0
+    check_forward(case, inputs, forward)
+    launches = kernels.result()[1]
+    if not case.stats:
+        return inputs, forward, launches, []
+    kernels.reset()
+    x = forward["sum"] or inputs["input"]
+    backward = kernels.backward(case, inputs, x, forward["stats"])
+    assert not (reports := kernels.result()[0]), "\n".join(map(str, reports))
+    assert kernels.status == 0
+    check_backward(case, inputs, x, backward)
+    return inputs, {**forward, **backward}, launches, kernels.result()[1]
+
+
+# The longest row of each tier, in packs of 16 bytes (csrc/kernels/plan.h), and what lies just beyond.
+PACKS = (1, 4, 16, 32, 64, 96, 128, 192, 256, 1024, 2048, 4096)
+
+
+def tier_cases():
+    for dtype, size in (("f32", 4), ("f16", 2), ("bf16", 2), ("f64", 8)):
+        n = 16 // size
+        for packs in PACKS:
+            rows = 150 if packs <= 16 else 9 if packs <= 64 else 3
+            # Alternate, so that each tier has both: full packs and aligned rows; a tail and rows at odd addresses.
+            yield Case(rows, packs * n, dtype)
+            yield Case(rows, packs * n + 1, dtype, rms=packs in (4, 64, 1024))
+        yield Case(1, 9000 * n + n // 2, dtype, residual=True)
+
+
+def policy_cases():
+    for dtype in ("f32", "f16", "bf16", "f64"):
+        wide = accumulate(dtype)
+        for rows, cols in ((70, 5), (9, 300), (5, 2300), (2, 70001 if dtype == "bf16" else 20000)):
+            shape = Case(rows, cols, dtype)
+
+            def case(shape=shape, **changes):
+                return dataclasses.replace(shape, **changes)
+
+            yield case(residual=True, bias=False)
+            yield case(rms=True, residual=True, bias=False, wanted=(True, True, False))
+            yield case(weight=False, bias=False, wanted=(True, False, False))
+            yield case(weight=False, wanted=(False, False, True))
+            yield case(wanted=(False, True, True), misalign=1)
+            yield case(wanted=(True, False, True), stats=True, padding=3)
+            yield case(stats=False, residual=True, misalign=3)
+            if wide != dtype:
+                yield case(params=wide, misalign=1)
+                yield case(params=wide, output=wide, residual=True, padding=1)
+                yield case(params=wide, output=wide, rms=True)
+
+
+@pytest.mark.parametrize("case", tier_cases(), ids=str)
+def test_tiers(kernels, case):
+    run(kernels, case)
+
+
+@pytest.mark.parametrize("case", policy_cases(), ids=str)
+def test_policies(kernels, case):
+    run(kernels, case)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("rows, cols", [(1, 1), (33, 7), (6, 129), (4, 1030), (2, 40000)])
+def test_misaligned_rows(kernels, dtype, rows, cols):
+    """However a row lies in memory, the same bits."""
+    expected = None
+    for misalign, padding, inner in ((0, 0, 0), (1, 0, 0), (2, 1, 0), (3, 5, 0), (0, 2, 2), (1, 0, 3)):
+        case = Case(
+            rows, cols, dtype, misalign=misalign, padding=padding, inner=inner if rows % max(inner, 1) == 0 else 0
+        )
+        case = dataclasses.replace(case, residual=True)
+        _, results, _, _ = run(kernels, case)
+        values = {name: r.array.copy() for name, r in results.items()}
+        expected = expected or values
+        for name, array in values.items():
+            np.testing.assert_array_equal(array, expected[name], name)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("rows, cols", [(40, 24), (40, 260), (20, 3000), (6, 50000)])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_order_of_execution(kernels, dtype, rows, cols, seed):
+    """Whichever block, warp or lane comes first, and however many multiprocessors: no race, and the same bits."""
+    case = Case(rows, cols, dtype, residual=True)
+    _, expected, _, _ = run(kernels, case)
+    _, results, _, _ = run(kernels, case, seed=seed)
+    for name in results:
+        np.testing.assert_array_equal(results[name].array, expected[name].array, name)
+    _, results, _, _ = run(kernels, case, seed=seed, sm_count=17)
+    for name in ("output", "sum", "stats", "grad_input"):
+        np.testing.assert_array_equal(results[name].array, expected[name].array, name)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("cols", [3, 40, 700, 2500, 40000])
+def test_row_by_itself(kernels, dtype, cols):
+    """A row's bits do not depend on how many rows stand beside it."""
+    many = Case(5, cols, dtype)
+    inputs, results, _, _ = run(kernels, many)
+    one = dataclasses.replace(many, rows=1)
+    for row in (0, 4):
+        alone = {name: inputs[name] for name in ("weight", "bias")} | {"residual": None, "grad_sum": None}
+        for name in ("input", "grad_output"):
+            alone[name] = Rows(inputs[name].values[row : row + 1], dtype)
+        kernels.reset()
+        forward = kernels.forward(one, alone)
+        backward = kernels.backward(one, alone, alone["input"], forward["stats"])
+        np.testing.assert_array_equal(forward["output"].array[0, 0], results["output"].array[0, row])
+        np.testing.assert_array_equal(backward["grad_input"].array[0, 0], results["grad_input"].array[0, row])
+
+
+def test_many_rows(kernels):
+    """More rows than any grid has groups; the count of ones is exact."""
+    case = Case(3000, 24, "bf16")
+    kernels.reset()
+    inputs = kernels.inputs(case)
+    inputs["grad_output"] = Rows(np.ones((case.rows, case.cols)), "bf16")
+    forward = kernels.forward(case, inputs)
+    backward = kernels.backward(case, inputs, inputs["input"], forward["stats"])
+    assert not kernels.result()[0]
+    np.testing.assert_array_equal(backward["grad_bias"].array, narrow(np.full((1, 1, 24), 3000.0), "bf16"))
+
+
+# ---- no byte too many -----------------------------------------------------------------------------------------------
+
+
+def total(launches, name, kind, what="bytes"):
+    return sum(launch["arrays"].get(name, {}).get(kind, {}).get(what, 0) for launch in launches)
+
+
+def traffic(launches, what):
+    return sum(counts[what] for launch in launches for array in launch["arrays"].values() for counts in array.values())
+
+
+def size(rows):
+    return rows.values.size * rows.array.itemsize
+
+
+@counted
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("cols", [64, 768, 1024, 3072, 4096, 8192, 200000])
+def test_traffic(kernels, dtype, cols):
+    """x is read once forward (twice where it is cut into slices), x and dy once backward; outputs are written once."""
+    case = Case(70 if cols < 1000 else 5, cols, dtype)
+    inputs, results, forward, backward = run(kernels, case)
+    sliced = len(forward) - 1
+    assert sliced == (cols == 200000)
+    for launches, read, written in (
+        (forward, ("input",), ("output", "stats")),
+        (backward, ("input", "grad_output"), ("grad_input", "grad_weight", "grad_bias")),
+    ):
+        for name in read:
+            # Besides, every warp looks at the row's first element, its pivot.
+            once = size(inputs[name])
+            assert (
+                once <= total(launches, name, "read") / (1 + sliced) <= 1.02 * once + (name == "input") * case.rows * 32
+            )
+            assert max(launch["arrays"][name]["read"]["distinct"] for launch in launches) == once
+        for name in written:
+            assert total(launches, name, "write") == total(launches, name, "write", "distinct") == size(results[name])
+    for launches in (forward, backward):
+        assert traffic(launches, "sectors") <= 1.02 * traffic(launches, "fewest_sectors")
+
+
+@counted
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("cols", [769, 1023, 4097])
+def test_sectors_of_misaligned_rows(kernels, dtype, cols):
+    _, _, forward, backward = run(kernels, Case(8, cols, dtype, misalign=1))
+    for launches in (forward, backward):
+        for name in ("input", "grad_output", "output", "grad_input"):
+            for kind in ("read", "write"):
+                sectors = total(launches, name, kind, "sectors")
+                assert sectors <= 1.1 * total(launches, name, kind, "fewest_sectors")
+
+
+@counted
+def test_partials(kernels):
+    """Weight and bias gradients add at most 2% to what a backward of 8,192 x 4,096 moves."""
+    case = Case(264, 4096, "f32")
+    inputs, _, _, backward = run(kernels, case, sm_count=132)
+    rows = 8192
+    moved = 3 * rows * size(inputs["input"]) // case.rows
+    assert total(backward, "workspace", "write") <= 0.02 * moved
+    # What is read back was written just before, and is still in the cache of a device with so many multiprocessors.
+    assert total(backward, "workspace", "read") == total(backward, "workspace", "write")
+
+
+# ---- faults planted in the kernels' own source ----------------------------------------------------------------------
+
+BARRIER = re.compile(r"(?:__syncthreads|group_barrier)\([^;{}]*\);")
+
+
+def barriers(csrc):
+    """Makes each barrier of the kernels depend on a number; the file and line of each."""
+    places = []
+
+    def guard(match):
+        line = match.string.count("\n", 0, match.start()) + 1
+        places.append(f"{path.name}:{line}")
+        return f"if (lnc_host_mutant != {len(places)}) {match[0]}"
+
+    for path in sorted((csrc / "kernels").glob("*.cuh")):
+        text = path.read_text()
+        changed = BARRIER.sub(guard, text)
+        if changed != text:
+            path.write_text(changed)
+    return places
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory):
+    """Kernels of one data type in which any one barrier can be switched off; and where the barriers are."""
+    csrc = tmp_path_factory.mktemp("mutants") / "csrc"
+    shutil.copytree(build.ROOT / "csrc" / "kernels", csrc / "kernels")
+    shutil.copytree(build.ROOT / "csrc" / "cpu", csrc / "cpu")
+    places = barriers(csrc)
+    for path in (csrc / "kernels").glob("*ward_*.cu"):
+        if "f32" not in path.name:
+            path.unlink()
+    return Kernels(build.mutants(csrc), lazy=True), places
+
+
+@counted
+def test_removed_barrier_is_found(mutants):
+    kernels, places = mutants
+    assert len(places) >= 3
+    mutant = ctypes.c_int.in_dll(kernels.calls, "lnc_host_mutant")
+    cases = [
+        Case(70, 70, "f32"),
+        Case(70, 300, "f32"),
+        Case(20, 1200, "f32"),
+        Case(3, 5000, "f32"),
+        Case(3, 40000, "f32"),
+    ]
+    found = set()
+    for number in range(len(places) + 1):
+        mutant.value = number
+        for case in cases:
+            kernels.reset()
+            inputs = kernels.inputs(case)
+            stats = kernels.forward(case, inputs)["stats"]
+            if kernels.status == 0:
+                kernels.backward(case, inputs, inputs["input"], stats)
+            reports = kernels.result()[0]
+            if reports:
+                assert any(report.kind == "race" for report in reports), reports
+                found.add(number)
+                break
+    assert found == set(range(1, len(places) + 1)), [places[n - 1] for n in set(range(1, len(places) + 1)) - found]
+
+
+# ---- sanitizers -----------------------------------------------------------------------------------------------------
+
+
+@counted
+def test_under_sanitizers():
+    """The results of every tier again, under AddressSanitizer and UBSan."""
+    library = subprocess.run([build.COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True)
+    if "/" not in (asan := library.stdout.strip()):
+        pytest.skip(f"{build.COMPILER} has no AddressSanitizer")
+    build.sanitized()
+    environment = dict(os.environ, LNC_HOST_SANITIZED="1", LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
