@@ -3,227 +3,222 @@
 #pragma once
 #include "rows.h"
 
-//   g = dy * w,  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dw = sum over rows of dy * xhat,  db = of dy
-
 namespace lnc::cpu::LNC_ISA {
 
-template <class T, class P, class O, Norm N>
+template <class T, class O, Norm N>
 class Backward {
- public:
-  Backward(const BackwardParams& params, ParallelFor parallel_for)
-      : p(params), parallel(parallel_for), plan(BackwardPlan::of(params)) {}
-
-  void run() const {
-    if (p.weight)
-      run(static_cast<const P*>(p.weight));
-    else
-      run(Ones{});
-    if (p.grad_weight || p.grad_bias) fold();
-  }
-
- private:
-  using A = Accumulate<T>;
-  using V = Vector<A>;
-  static constexpr int64_t kChunk = chunk_columns(kAccumulateType<A>);
-  static constexpr int kUnroll = 4;
+  using A = typename Computed<T>::Scalar;
+  using V = typename Computed<T>::Vector;
+  static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
   // What the columns of a row need to know of it.
   struct Row {
-    const T* x;
-    const O* dy;
+    const T *x, *next_x;
+    const O *dy, *next_dy;
     const T* grad_sum;
     T* dx;
-    A pivot, rstd, offset, mean_g, mean_g_xhat;
+    A pivot, rstd, offset, mean_g, minus_mean_g_xhat;
   };
   struct Block {
-    Row rows[kMaxBlock];
+    Row rows[BackwardPlan::kMaxBlock];
+    int64_t first;
     int count;
+    bool starts_chunk;
   };
-
-  // Where a chunk of rows leaves its sums: [row_chunks, 2, cols] of the workspace, or at once the result.
   struct Gradients {
     A *weight, *bias;
   };
 
   const BackwardParams& p;
   const ParallelFor parallel;
-  const BackwardPlan plan;
+  const BackwardPlan plan = BackwardPlan::of(p);
+  const A* const weight = parameter<T>(p, parallel, p.weight, 1, p.workspace);
 
-  template <class Weight>
-  void run(Weight weight) const {
-    if (plan.split_columns) {
-      for (int64_t chunk = 0; chunk < plan.row_chunks; chunk++) run_by_columns(chunk, weight);
-    } else {
-      for_ranges(parallel, plan.row_chunks, grain_of(plan.rows_a_chunk * p.cols), [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; chunk++) run_by_rows(chunk, weight);
+ public:
+  Backward(const BackwardParams& params, ParallelFor parallel_for) : p(params), parallel(parallel_for) {}
+
+  void run() const {
+    if (plan.split_columns)
+      for (int64_t chunk = 0; chunk < plan.row_chunks; chunk++) run_by_columns(chunk);
+    else
+      for_ranges(parallel, plan.row_chunks, grain_of(plan.rows_a_chunk * p.cols), [this](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; chunk++) run_by_rows(chunk);
       });
-    }
+    if ((p.grad_weight || p.grad_bias) && !plan.direct) fold();
   }
 
-  // Calls body(first row, rows) for the blocks of a chunk.
-  template <class Body>
-  void for_blocks(int64_t chunk, const Body& body) const {
-    const int64_t begin = chunk * plan.rows_a_chunk, stop = begin + plan.rows_a_chunk;
-    const int64_t end = stop < p.rows ? stop : p.rows;
-    for (int64_t row = begin; row < end; row += plan.block)
-      body(row, static_cast<int>(end - row < plan.block ? end - row : plan.block));
-  }
-
-  template <class Weight>
-  void run_by_rows(int64_t chunk, Weight weight) const {
-    Block block;
-    for_blocks(chunk, [&](int64_t first, int count) {
-      block.count = count;
-      for (int r = 0; r < count; r++) {
-        block.rows[r] = row_at(first + r);
-        if (p.grad_input)
-          set_means(block.rows[r], pairwise(0, plan.chunks, [&](int64_t c) { return sums(block.rows[r], c, weight); }));
-      }
-      apply(block, weight, 0, p.cols, gradients(chunk), first == chunk * plan.rows_a_chunk);
+ private:
+  void run_by_rows(int64_t chunk) const {
+    for_blocks(chunk, [&](Block& block) {
+      if (p.grad_input)
+        for (int r = 0; r < block.count; r++)
+          set_means(block.rows[r], pairwise(0, plan.chunks, [&](int64_t c) { return sums(block.rows[r], c); }));
+      apply(block, 0, p.cols, gradients(chunk));
     });
   }
 
   // The same chunks and merges as by rows, hence the same bits.
-  template <class Weight>
-  void run_by_columns(int64_t chunk, Weight weight) const {
+  void run_by_columns(int64_t chunk) const {
     constexpr int64_t tile = 64;
-    auto* parts = static_cast<Sums*>(p.workspace);
-    Block block;
-    for_blocks(chunk, [&](int64_t first, int count) {
-      block.count = count;
-      for (int r = 0; r < count; r++) block.rows[r] = row_at(first + r);
+    auto* parts = reinterpret_cast<Sums*>(static_cast<char*>(p.workspace) + plan.parameters_bytes);
+    for_blocks(chunk, [&](Block& block) {
       if (p.grad_input) {
-        for_ranges(parallel, count * plan.chunks, grain_of(p.cols < kChunk ? p.cols : kChunk),
+        for_ranges(parallel, block.count * plan.chunks, grain_of(p.cols < kChunk ? p.cols : kChunk),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t i = begin; i < end; i++)
-                       parts[i] = sums(block.rows[i / plan.chunks], i % plan.chunks, weight);
+                       parts[i] = sums(block.rows[i / plan.chunks], i % plan.chunks);
                    });
-        for (int r = 0; r < count; r++)
+        for (int r = 0; r < block.count; r++)
           set_means(block.rows[r], pairwise(0, plan.chunks, [&](int64_t c) { return parts[r * plan.chunks + c]; }));
       }
-      for_ranges(parallel, ceil_div(p.cols, tile), grain_of(tile * count), [&](int64_t begin, int64_t end) {
-        apply(block, weight, begin * tile, end * tile < p.cols ? end * tile : p.cols, gradients(chunk),
-              first == chunk * plan.rows_a_chunk);
+      for_ranges(parallel, ceil_div(p.cols, tile), grain_of(tile * block.count), [&](int64_t begin, int64_t end) {
+        apply(block, begin * tile, end * tile < p.cols ? end * tile : p.cols, gradients(chunk));
       });
     });
   }
 
+  // Calls body for each block of rows of a chunk.
+  template <class Body>
+  void for_blocks(int64_t chunk, const Body& body) const {
+    const int64_t begin = chunk * plan.rows_a_chunk, stop = begin + plan.rows_a_chunk;
+    const int64_t end = stop < p.rows ? stop : p.rows;
+    Block block;
+    for (block.first = begin; block.first < end; block.first += plan.block) {
+      block.count = static_cast<int>(end - block.first < plan.block ? end - block.first : plan.block);
+      block.starts_chunk = block.first == begin;
+      for (int r = 0; r < block.count; r++) block.rows[r] = row_at(block.first + r);
+      body(block);
+    }
+  }
+
   Row row_at(int64_t row) const {
     const A* stats = static_cast<const A*>(p.stats);
+    const int64_t next = row + plan.block < p.rows ? row + plan.block : row;
     Row r;
     r.x = row_of<T>(p.input, p.input_rows, row);
     r.dy = row_of<O>(p.grad_output, p.grad_output_rows, row);
+    r.next_x = row_of<T>(p.input, p.input_rows, next);
+    r.next_dy = row_of<O>(p.grad_output, p.grad_output_rows, next);
     r.grad_sum = p.grad_sum ? row_of<T>(p.grad_sum, p.grad_sum_rows, row) : nullptr;
     r.dx = p.grad_input ? static_cast<T*>(p.grad_input) + row * p.cols : nullptr;
     r.pivot = N == Norm::layer ? first_of(r.x) : A(0);
     r.rstd = stats[N == Norm::layer ? p.rows + row : row];
     r.offset = N == Norm::layer ? -stats[row] * r.rstd : A(0);
-    r.mean_g = r.mean_g_xhat = 0;
+    r.mean_g = r.minus_mean_g_xhat = 0;
     return r;
   }
 
   void set_means(Row& r, const Sums& s) const {
-    r.mean_g = static_cast<A>(s.g / p.cols);
-    r.mean_g_xhat = static_cast<A>(s.g_xhat / p.cols);
+    const double count = static_cast<double>(p.cols);
+    r.mean_g = static_cast<A>(s.g / count);
+    r.minus_mean_g_xhat = static_cast<A>(-s.g_xhat / count);
   }
 
   static LNC_INLINE V normalised(V x, V pivot, V rstd, V offset) {
     return N == Norm::layer ? fma(x - pivot, rstd, offset) : x * rstd;
   }
 
-  template <class Weight>
-  Sums sums(const Row& row, int64_t chunk, Weight weight) const {
+  Sums sums(const Row& row, int64_t chunk) const {
     const int64_t start = chunk * kChunk, left = p.cols - start;
     const T* x = row.x + start;
     const O* dy = row.dy + start;
-    const V pivot = set(row.pivot), rstd = set(row.rstd), offset = set(row.offset);
-    Accumulators<A> g_sums, g_xhat_sums;
-    sweep<A, kAccumulators>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-      const V xhat = keep(normalised(load(x + i, where), pivot, rstd, offset), where);
-      const V g = load(dy + i, where) * at<A>(weight, start + i, where);
+    const A* w = weight + start;
+    const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
+    Accumulators<V> g_sums, g_xhat_sums;
+    sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+      const V xhat = normalised(load<V>(x + i, where), pivot, rstd, offset);
+      const V g = keep(load<V>(dy + i, where) * get<V>(w + i, where), where);
       if constexpr (N == Norm::layer) g_sums.v[u] = g_sums.v[u] + g;
-      g_xhat_sums.v[u] = fma(g, xhat, g_xhat_sums.v[u]);
+      g_xhat_sums.v[u] = fma(g, keep(xhat, where), g_xhat_sums.v[u]);
     });
     return {static_cast<double>(g_sums.total()), static_cast<double>(g_xhat_sums.total())};
   }
 
-  // Columns [begin, end) of a block of rows: dx, and the block's share of dw and db, summed over its rows
-  // in registers before it goes to memory.
-  template <class Weight>
-  void apply(const Block& block, Weight weight, int64_t begin, int64_t end, const Gradients& to, bool first) const {
-    constexpr int L = kLanes<A>;
+  // Columns [begin, end) of a block of rows: dx, and the block's share of the weight and bias gradients,
+  // summed over its rows in registers before it goes to memory.
+  void apply(const Block& block, int64_t begin, int64_t end, const Gradients& to) const {
+    constexpr int L = kLanes<V>, unroll = kUnroll<V>;
     int64_t i = begin;
-    for (; i + kUnroll * L <= end; i += kUnroll * L) columns<kUnroll>(block, weight, i, Full{}, to, first);
-    for (; i + L <= end; i += L) columns<1>(block, weight, i, Full{}, to, first);
-    if (i < end) columns<1>(block, weight, i, Part{static_cast<int>(end - i)}, to, first);
+    for (; i + unroll * L <= end; i += unroll * L) columns<unroll>(block, i, Full{}, to);
+    for (; i + L <= end; i += L) columns<1>(block, i, Full{}, to);
+    if (i < end) columns<1>(block, i, Part{static_cast<int>(end - i)}, to);
   }
 
-  template <int U, class Weight, class Where>
-  LNC_INLINE void columns(const Block& block, Weight weight, int64_t i, Where where, const Gradients& to,
-                          bool first) const {
-    constexpr int L = kLanes<A>;
-    V dw_sum[U] = {}, db_sum[U] = {};
+  template <int unroll, class Where>
+  LNC_INLINE void columns(const Block& block, int64_t i, Where where, const Gradients& to) const {
+    constexpr int L = kLanes<V>;
+    const bool want_dx = p.grad_input;
+    const A* const w = weight + i;
+    V dw[unroll], db[unroll];
+    unrolled<unroll>([&](int u) LNC_LAMBDA { dw[u] = db[u] = set<V>(A(0)); });
     for (int r = 0; r < block.count; r++) {
-      const Row& row = block.rows[r];
-      const V pivot = set(row.pivot), rstd = set(row.rstd), offset = set(row.offset);
-      const V mean_g = set(row.mean_g), mean_g_xhat = set(row.mean_g_xhat);
-      unrolled<U>([&](int u) LNC_LAMBDA {
+      const Row row = block.rows[r];  // a copy: what is stored to dx cannot change it
+      const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
+      const V mean_g = set<V>(row.mean_g), minus_mean_g_xhat = set<V>(row.minus_mean_g_xhat);
+      unrolled<unroll>([&](int u) LNC_LAMBDA {
         const int64_t j = i + u * L;
-        const V xhat = normalised(load(row.x + j, where), pivot, rstd, offset);
-        const V dy = load(row.dy + j, where);
-        dw_sum[u] = fma(dy, xhat, dw_sum[u]);
-        db_sum[u] = db_sum[u] + dy;
-        if (!p.grad_input) return;
-        const V g = dy * at<A>(weight, j, where);
-        const V projected = fma(-mean_g_xhat, xhat, N == Norm::layer ? g - mean_g : g);
-        const V dx = row.grad_sum ? fma(rstd, projected, load(row.grad_sum + j, where)) : rstd * projected;
+        if (starts_line<T>(u)) prefetch(row.next_x + j);
+        if (starts_line<O>(u)) prefetch(row.next_dy + j);
+        const V xhat = normalised(load<V>(row.x + j, where), pivot, rstd, offset);
+        const V dy = load<V>(row.dy + j, where);
+        dw[u] = fma(dy, xhat, dw[u]);
+        db[u] = db[u] + dy;
+        if (!want_dx) return;
+        const V g = dy * get<V>(w + u * L, where);
+        const V projected = fma(minus_mean_g_xhat, xhat, N == Norm::layer ? g - mean_g : g);
+        const V dx = row.grad_sum ? fma(rstd, projected, load<V>(row.grad_sum + j, where)) : rstd * projected;
         store(row.dx + j, dx, where);
       });
     }
     const auto add = [&](A* sums, const V* share) LNC_LAMBDA {
-      unrolled<U>([&](int u) LNC_LAMBDA {
+      unrolled<unroll>([&](int u) LNC_LAMBDA {
         A* sum = sums + i + u * L;
-        store(sum, first ? share[u] : load(sum, where) + share[u], where);
+        put(sum, block.starts_chunk ? share[u] : get<V>(sum, where) + share[u], where);
       });
     };
-    if (to.weight) add(to.weight, dw_sum);
-    if (to.bias) add(to.bias, db_sum);
+    if (to.weight) add(to.weight, dw);
+    if (to.bias) add(to.bias, db);
   }
 
+  // Where a chunk of rows leaves its sums: [row_chunks, 2, padded cols] of the workspace, or at once the result.
   Gradients gradients(int64_t chunk) const {
-    if (direct()) return {static_cast<A*>(p.grad_weight), static_cast<A*>(p.grad_bias)};
-    A* sums = partials() + chunk * 2 * p.cols;
-    return {p.grad_weight ? sums : nullptr, p.grad_bias ? sums + p.cols : nullptr};
+    if (plan.direct) return {static_cast<A*>(p.grad_weight), static_cast<A*>(p.grad_bias)};
+    A* const sums = partials() + chunk * 2 * padded(p.cols);
+    return {p.grad_weight ? sums : nullptr, p.grad_bias ? sums + padded(p.cols) : nullptr};
   }
-  A* partials() const { return reinterpret_cast<A*>(static_cast<char*>(p.workspace) + plan.sums_bytes); }
-  bool direct() const { return plan.row_chunks == 1 && sizeof(P) == sizeof(A); }
+
+  A* partials() const {
+    return reinterpret_cast<A*>(static_cast<char*>(p.workspace) + plan.parameters_bytes + plan.sums_bytes);
+  }
+
+  void fold() const {
+    if (p.grad_weight) fold(p.grad_weight, partials());
+    if (p.grad_bias) fold(p.grad_bias, partials() + padded(p.cols));
+  }
 
   // Adds pairs of chunks, then pairs of pairs, in place; then rounds once.
-  void fold() const {
-    if (direct()) return;
-    A* const sums = partials();
-    const int64_t stride = 2 * p.cols, first = p.grad_weight ? 0 : p.cols, last = p.grad_bias ? stride : p.cols;
-    for_ranges(parallel, last - first, grain_of(plan.row_chunks), [&](int64_t begin, int64_t end) {
-      constexpr int64_t tile = 1024;
-      for (int64_t start = first + begin; start < first + end; start += tile) {
-        const int64_t n = first + end - start < tile ? first + end - start : tile;
+  void fold(void* result, A* sums) const {
+    constexpr int64_t tile = 512;
+    const int64_t stride = 2 * padded(p.cols);
+    for_ranges(parallel, ceil_div(p.cols, tile), grain_of(tile * plan.row_chunks), [&](int64_t begin, int64_t end) {
+      for (int64_t start = begin * tile; start < end * tile && start < p.cols; start += tile) {
+        const int64_t n = p.cols - start < tile ? p.cols - start : tile;
         for (int64_t step = 1; step < plan.row_chunks; step *= 2)
           for (int64_t chunk = 0; chunk + step < plan.row_chunks; chunk += 2 * step) {
-            A* to = sums + chunk * stride + start;
-            const A* from = to + step * stride;
-            sweep<A, 4>(n, [=](int64_t i, auto where, int)
-                               LNC_LAMBDA { store(to + i, load(to + i, where) + load(from + i, where), where); });
+            A* const to = sums + chunk * stride + start;
+            const A* const from = to + step * stride;
+            sweep<V>(n, [=](int64_t i, auto where, int)
+                            LNC_LAMBDA { put(to + i, get<V>(to + i, where) + get<V>(from + i, where), where); });
           }
+        sweep<V>(n, [=](int64_t i, auto where, int) LNC_LAMBDA {
+          const int64_t j = start + i;
+          const V total = get<V>(sums + j, where);
+          if (p.param_dtype == p.dtype)
+            store(static_cast<T*>(result) + j, total, where);
+          else
+            store(static_cast<A*>(result) + j, total, where);
+        });
       }
-    });
-    if (p.grad_weight) round(static_cast<P*>(p.grad_weight), sums);
-    if (p.grad_bias) round(static_cast<P*>(p.grad_bias), sums + p.cols);
-  }
-
-  void round(P* to, const A* from) const {
-    for_ranges(parallel, p.cols, kGrain, [=](int64_t begin, int64_t end) {
-      sweep<A, 4>(end - begin, [=](int64_t i, auto where, int)
-                                   LNC_LAMBDA { store(to + begin + i, load(from + begin + i, where), where); });
     });
   }
 };

@@ -1,8 +1,10 @@
 // What every instruction set shares: entry points, and how work is cut. Cuts depend on the shape alone,
 // so that results depend neither on the number of threads nor on who runs which piece.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu.h"
@@ -25,6 +27,15 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 constexpr int64_t grain_of(int64_t elements) { return ceil_div(kGrain, elements > 0 ? elements : 1); }
 
+// Columns of a buffer of ours: whole vectors of any instruction set.
+constexpr int64_t padded(int64_t cols) { return ceil_div(cols, 32) * 32; }
+
+// Whether parameters in memory are what the kernels compute with (vec.h has bfloat16 in an order of its own).
+template <class Params>
+bool reads_parameters(const Params& p) {
+  return p.param_dtype == accumulate_type(p.dtype) && p.dtype != DType::bf16;
+}
+
 // Of a chunk of a row, or of several: scalars are double, whatever the lanes were.
 struct Moments {
   double count, mean, squares;
@@ -34,43 +45,55 @@ struct Sums {
 };
 
 struct ForwardPlan {
-  int64_t chunks;      // of a row
-  bool split_columns;  // few long rows: threads share a row
-  int64_t workspace;   // bytes: each chunk's Moments
+  static constexpr int64_t kMaxSplitRows = 8, kMaxGroup = 8;
 
-  static constexpr int64_t kMaxSplitRows = 8;
+  int64_t chunks;            // of a row
+  bool split_columns;        // few long rows: threads share a row
+  int64_t group;             // rows whose statistics are taken before the first is normalised
+  int64_t parameters_bytes;  // workspace for weight and bias as the kernels want them,
+  int64_t workspace;         // and behind them each chunk's Moments
 
   static ForwardPlan of(const ForwardParams& p) {
-    const int64_t chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
-    const bool split = p.rows <= kMaxSplitRows && chunks > 1;
-    return {chunks, split, split ? p.rows * chunks * int64_t{sizeof(Moments)} : 0};
+    ForwardPlan plan;
+    plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
+    plan.split_columns = p.rows <= kMaxSplitRows && plan.chunks > 1;
+    plan.group = clamp((8 << 10) / (p.cols * size_of(p.dtype) + 1), 1, kMaxGroup);
+    const bool as_is = reads_parameters(p) && p.weight && p.bias;
+    plan.parameters_bytes = as_is ? 0 : 2 * padded(p.cols) * size_of(accumulate_type(p.dtype));
+    plan.workspace = plan.parameters_bytes + (plan.split_columns ? p.rows * plan.chunks * int64_t{sizeof(Moments)} : 0);
+    return plan;
   }
 };
 
 // Backward takes rows in blocks (whose x and dy stay in the second-level cache between the row sums and
 // their use) and blocks in chunks, each with its own sums for the weight and bias gradients.
-constexpr int64_t kMaxBlock = 32;
-
 struct BackwardPlan {
+  static constexpr int64_t kMaxBlock = 32;
+
   int64_t chunks;        // of a row, in columns
   int64_t block;         // rows
   int64_t rows_a_chunk;  // a multiple of block
   int64_t row_chunks;
-  bool split_columns;  // too few chunks of rows: threads share rows
-  int64_t sums_bytes;  // workspace for each chunk's Sums,
-  int64_t workspace;   // and behind it the weight and bias gradients of each chunk of rows
+  bool split_columns;        // too few chunks of rows: threads share rows
+  bool direct;               // sums are results already
+  int64_t parameters_bytes;  // workspace for the weight as the kernels want it,
+  int64_t sums_bytes;        // behind it each chunk's Sums,
+  int64_t workspace;         // behind them the weight and bias gradients of each chunk of rows
 
   static BackwardPlan of(const BackwardParams& p) {
     BackwardPlan plan;
+    const int64_t scalar = size_of(accumulate_type(p.dtype)), row_bytes = size_of(p.dtype) + size_of(p.output_dtype);
     plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
-    const int64_t row_bytes = p.cols * (size_of(p.dtype) + size_of(p.output_dtype));
-    plan.block = clamp((256 << 10) / (row_bytes > 0 ? row_bytes : 1), 1, kMaxBlock);
+    plan.block = clamp((128 << 10) / (p.cols * row_bytes + 1), 1, kMaxBlock);
     // 32 rows keep the partial sums' traffic to a few percent, 512 keep rounding errors from growing.
     plan.rows_a_chunk = ceil_div(clamp(p.rows / 64, 32, 512), plan.block) * plan.block;
     plan.row_chunks = ceil_div(p.rows, plan.rows_a_chunk);
     plan.split_columns = plan.row_chunks < 8;
+    plan.direct = plan.row_chunks == 1 && reads_parameters(p);
+    plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
     plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
-    plan.workspace = plan.sums_bytes + plan.row_chunks * 2 * p.cols * size_of(accumulate_type(p.dtype));
+    plan.workspace =
+        plan.parameters_bytes + plan.sums_bytes + (plan.direct ? 0 : plan.row_chunks * 2 * padded(p.cols) * scalar);
     return plan;
   }
 };

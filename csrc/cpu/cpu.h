@@ -16,7 +16,7 @@ int64_t backward_workspace(const BackwardParams&);  // bytes
 void forward(const ForwardParams&, ParallelFor);
 void backward(const BackwardParams&, ParallelFor);
 
-// The instruction set in use: "baseline", "avx2", "avx512", "avx512_bf16", "neon".
+// The instruction set in use: "baseline", "avx2", "avx512", "neon".
 // LAYERNORM_CUDA_CPU=<name> chooses a lower one than the machine has.
 const char* instruction_set();
 

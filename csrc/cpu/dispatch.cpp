@@ -15,9 +15,6 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
-namespace avx512_bf16 {
-extern const Kernels kernels;
-}
 #endif
 
 namespace {
@@ -38,7 +35,6 @@ const Kernels& choose() {
   } higher[] = {
       {has_avx2, &avx2::kernels},
       {has_avx512, &avx512::kernels},
-      {has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512_bf16::kernels},
   };
   const char* wanted = std::getenv("LAYERNORM_CUDA_CPU");
   for (const auto& set : higher) {

@@ -1,32 +1,15 @@
 // Forward, for one instruction set (see kernels.h):
-//   y = (x - mean) * rstd * weight + bias,  or for rms  y = x * rstd * weight
+//   y = (x - mean) * rstd * weight + bias,  or for rms  y = x * rstd * weight + bias
 #pragma once
 #include "rows.h"
 
 namespace lnc::cpu::LNC_ISA {
 
-template <class T, class P, class O, Norm N>
+template <class T, class O, Norm N>
 class Forward {
- public:
-  Forward(const ForwardParams& params, ParallelFor parallel_for)
-      : p(params), parallel(parallel_for), plan(ForwardPlan::of(params)) {}
-
-  void run() const {
-    if (plan.split_columns)
-      run_by_columns();
-    else
-      for_ranges(parallel, p.rows, grain_of(p.cols), [this](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) {
-          const Terms terms = finish(row, pairwise(0, plan.chunks, [&](int64_t c) { return moments_of(row, c); }));
-          normalise(row, 0, p.cols, terms);
-        }
-      });
-  }
-
- private:
-  using A = Accumulate<T>;
-  using V = Vector<A>;
-  static constexpr int64_t kChunk = chunk_columns(kAccumulateType<A>);
+  using A = typename Computed<T>::Scalar;
+  using V = typename Computed<T>::Vector;
+  static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
   struct Terms {
     A pivot, shift, rstd;
@@ -34,11 +17,37 @@ class Forward {
 
   const ForwardParams& p;
   const ParallelFor parallel;
-  const ForwardPlan plan;
+  const ForwardPlan plan = ForwardPlan::of(p);
+  const A* const weight = parameter<T>(p, parallel, p.weight, 1, p.workspace);
+  const A* const bias = parameter<T>(p, parallel, p.bias, 0, static_cast<A*>(p.workspace) + padded(p.cols));
+
+ public:
+  Forward(const ForwardParams& params, ParallelFor parallel_for) : p(params), parallel(parallel_for) {}
+
+  void run() const {
+    if (plan.split_columns)
+      run_by_columns();
+    else
+      for_ranges(parallel, p.rows, grain_of(p.cols), [this](int64_t begin, int64_t end) { run_by_rows(begin, end); });
+  }
+
+ private:
+  // Short rows go in groups that stay in the first-level cache: independent work for the processor to do
+  // while it waits for one row's reductions.
+  void run_by_rows(int64_t begin, int64_t end) const {
+    Terms terms[ForwardPlan::kMaxGroup];
+    for (int64_t first = begin; first < end; first += plan.group) {
+      const int64_t last = end - first < plan.group ? end : first + plan.group;
+      for (int64_t row = first; row < last; row++)
+        terms[row - first] = finish(row, pairwise(0, plan.chunks, [&](int64_t c) { return moments_of(row, c); }));
+      for (int64_t row = first; row < last; row++)
+        normalise(row, 0, p.cols, terms[row - first], row + plan.group < end ? input(row + plan.group) : source(row));
+    }
+  }
 
   // The same chunks and merges as by rows, hence the same bits.
   void run_by_columns() const {
-    auto* parts = static_cast<Moments*>(p.workspace);
+    auto* parts = reinterpret_cast<Moments*>(static_cast<char*>(p.workspace) + plan.parameters_bytes);
     for_ranges(parallel, p.rows * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) parts[i] = moments_of(i / plan.chunks, i % plan.chunks);
     });
@@ -48,7 +57,7 @@ class Forward {
     for_ranges(parallel, p.rows * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / plan.chunks, start = i % plan.chunks * kChunk;
-        normalise(row, start, start + chunk_size(i % plan.chunks), terms[row]);
+        normalise(row, start, start + chunk_size(i % plan.chunks), terms[row], source(row) + start);
       }
     });
   }
@@ -67,7 +76,7 @@ class Forward {
     if (N == Norm::rms) return 0;
     if (!p.residual) return first_of(input(row));
     T first;  // not from the sum: another thread may be writing it
-    store(&first, load(input(row), Part{1}) + load(residual(row), Part{1}), Part{1});
+    store(&first, load<V>(input(row), Part{1}) + load<V>(residual(row), Part{1}), Part{1});
     return first_of(&first);
   }
 
@@ -77,8 +86,8 @@ class Forward {
     if (p.residual) {
       const T *x = input(row) + start, *r = residual(row) + start;
       T* to = sum_row(row) + start;
-      sweep<A, 4>(n, [=](int64_t i, auto where, int)
-                         LNC_LAMBDA { store(to + i, load(x + i, where) + load(r + i, where), where); });
+      sweep<V>(n, [=](int64_t i, auto where, int)
+                      LNC_LAMBDA { store(to + i, load<V>(x + i, where) + load<V>(r + i, where), where); });
     }
     return moments<false>(source(row) + start, n, pivot(row), 1);
   }
@@ -86,23 +95,23 @@ class Forward {
   // About the pivot: the mean, then squared deviations from it. Scaled: of all values times scale.
   template <bool Scaled>
   static Moments moments(const T* x, int64_t n, A pivot, A scale) {
-    const V center = set(Scaled ? pivot * scale : pivot);
+    const V center = set<V>(Scaled ? pivot * scale : pivot), factor = set<V>(scale);
     const auto deviation = [=](int64_t i, auto where) LNC_LAMBDA {
-      V v = load(x + i, where);
-      if constexpr (Scaled) v = v * scale;
+      V v = load<V>(x + i, where);
+      if constexpr (Scaled) v = v * factor;
       if constexpr (N == Norm::layer) v = v - center;
       return v;
     };
     A mean = 0;
     if constexpr (N == Norm::layer) {
-      Accumulators<A> sums;
-      sweep<A, kAccumulators>(n, [&](int64_t i, auto where, int u)
-                                     LNC_LAMBDA { sums.v[u] = sums.v[u] + keep(deviation(i, where), where); });
+      Accumulators<V> sums;
+      sweep<V>(n, [&](int64_t i, auto where, int u)
+                      LNC_LAMBDA { sums.v[u] = sums.v[u] + keep(deviation(i, where), where); });
       mean = sums.total() / static_cast<A>(n);
     }
-    const V about = set(mean);
-    Accumulators<A> squares;
-    sweep<A, kAccumulators>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+    const V about = set<V>(mean);
+    Accumulators<V> squares;
+    sweep<V>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
       V v = deviation(i, where);
       if constexpr (N == Norm::layer) v = keep(v - about, where);
       squares.v[u] = fma(v, v, squares.v[u]);
@@ -113,9 +122,9 @@ class Forward {
   Terms finish(int64_t row, const Moments& m) const {
     constexpr double largest = sizeof(A) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
     constexpr double tiny = sizeof(A) == 8 ? 1e-240 : 1e-30, scale = sizeof(A) == 8 ? 0x1p500 : 0x1p100;
-    Terms t = !(m.squares <= largest)              ? rescued(row, 1 / scale)
-              : m.squares / m.count + p.eps < tiny ? rescued(row, scale)
-                                                   : terms_of(pivot(row), m, 1);
+    const Terms t = !(m.squares <= largest)              ? rescued(row, 1 / scale)
+                    : m.squares / m.count + p.eps < tiny ? rescued(row, scale)
+                                                         : terms_of(pivot(row), m, 1);
     if (p.stats) {
       A* stats = static_cast<A*>(p.stats);
       if (N == Norm::layer) stats[row] = t.shift;
@@ -124,9 +133,9 @@ class Forward {
     return t;
   }
 
-  Terms terms_of(A pivot, const Moments& m, double scale) const {
+  LNC_INLINE Terms terms_of(A pivot, const Moments& m, double scale) const {
     const double variance = m.squares / m.count + p.eps * scale * scale;
-    const double rstd = variance == 0 ? 0 : scale / __builtin_sqrt(variance);
+    const double rstd = variance == 0 ? 0 : scale / root(variance);
     return {pivot, static_cast<A>(m.mean / scale), static_cast<A>(rstd)};
   }
 
@@ -139,28 +148,17 @@ class Forward {
     return terms_of(about, m, scale);
   }
 
-  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t) const {
-    const auto with_bias = [&](auto weight) {
-      if (p.bias)
-        normalise(row, begin, end, t, weight, static_cast<const P*>(p.bias) + begin);
-      else
-        normalise(row, begin, end, t, weight, Zeros{});
-    };
-    if (p.weight)
-      with_bias(static_cast<const P*>(p.weight) + begin);
-    else
-      with_bias(Ones{});
-  }
-
-  template <class Weight, class Bias>
-  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, Weight weight, Bias bias) const {
+  // Columns [begin, end) of a row. Meanwhile what comes next is fetched.
+  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const T* next) const {
     const T* x = source(row) + begin;
     O* y = static_cast<O*>(p.output) + row * p.cols + begin;
-    const V pivot = set(t.pivot), rstd = set(t.rstd), offset = set(-t.shift * t.rstd);
-    sweep<A, 4>(end - begin, [=](int64_t i, auto where, int) LNC_LAMBDA {
-      const V v = load(x + i, where);
+    const A *w = weight + begin, *b = bias + begin;
+    const V pivot = set<V>(t.pivot), rstd = set<V>(t.rstd), offset = set<V>(-t.shift * t.rstd);
+    sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
+      if (starts_line<T>(u)) prefetch(next + i);
+      const V v = load<V>(x + i, where);
       const V xhat = N == Norm::layer ? fma(v - pivot, rstd, offset) : v * rstd;
-      store(y + i, fma(xhat, at<A>(weight, i, where), at<A>(bias, i, where)), where);
+      store(y + i, fma(xhat, get<V>(w + i, where), get<V>(b + i, where)), where);
     });
   }
 };

@@ -8,35 +8,26 @@
 
 namespace lnc::cpu::LNC_ISA {
 
-template <template <class T, class P, class O, Norm N> class Pass, class T, class P, class O, class Params>
-void run_norm(const Params& p, ParallelFor parallel) {
-  if (p.norm == Norm::layer)
-    Pass<T, P, O, Norm::layer>(p, parallel).run();
-  else
-    Pass<T, P, O, Norm::rms>(p, parallel).run();
-}
-
-template <template <class T, class P, class O, Norm N> class Pass, class T, class Params>
-void run_16bit(const Params& p, ParallelFor parallel) {
-  if (p.param_dtype == p.dtype)
-    run_norm<Pass, T, T, T>(p, parallel);
-  else if (p.output_dtype == p.dtype)
-    run_norm<Pass, T, float, T>(p, parallel);
-  else
-    run_norm<Pass, T, float, float>(p, parallel);
-}
-
-template <template <class T, class P, class O, Norm N> class Pass, class Params>
+template <template <class T, class O, Norm N> class Pass, class T, class O, class Params>
 void run(const Params& p, ParallelFor parallel) {
+  if (p.norm == Norm::layer)
+    Pass<T, O, Norm::layer>(p, parallel).run();
+  else
+    Pass<T, O, Norm::rms>(p, parallel).run();
+}
+
+template <template <class T, class O, Norm N> class Pass, class Params>
+void run(const Params& p, ParallelFor parallel) {
+  const bool wide = p.output_dtype == DType::f32;
   switch (p.dtype) {
     case DType::f64:
-      return run_norm<Pass, double, double, double>(p, parallel);
+      return run<Pass, double, double>(p, parallel);
     case DType::f32:
-      return run_norm<Pass, float, float, float>(p, parallel);
+      return run<Pass, float, float>(p, parallel);
     case DType::f16:
-      return run_16bit<Pass, f16>(p, parallel);
+      return wide ? run<Pass, f16, float>(p, parallel) : run<Pass, f16, f16>(p, parallel);
     case DType::bf16:
-      return run_16bit<Pass, bf16>(p, parallel);
+      return wide ? run<Pass, bf16, float>(p, parallel) : run<Pass, bf16, bf16>(p, parallel);
   }
 }
 

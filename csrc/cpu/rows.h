@@ -4,9 +4,6 @@
 
 namespace lnc::cpu::LNC_ISA {
 
-template <class A>
-constexpr DType kAccumulateType = sizeof(A) == 8 ? DType::f64 : DType::f32;
-
 template <class T>
 LNC_INLINE const T* row_of(const void* base, const RowMap& map, int64_t row) {
   const int64_t offset = row < map.inner ? row * map.inner_stride
@@ -14,27 +11,18 @@ LNC_INLINE const T* row_of(const void* base, const RowMap& map, int64_t row) {
   return static_cast<const T*>(base) + offset;
 }
 
-// A weight or bias that is not there.
-struct Ones {};
-struct Zeros {};
-template <class A, class T, class Where>
-LNC_INLINE Vector<A> at(const T* p, int64_t i, Where where) {
-  return load(p + i, where);
-}
-template <class A, class Where>
-LNC_INLINE Vector<A> at(Ones, int64_t, Where) {
-  return set(A(1));
-}
-template <class A, class Where>
-LNC_INLINE Vector<A> at(Zeros, int64_t, Where) {
-  return set(A(0));
-}
-
-constexpr int kAccumulators = 4;
-template <class A>
+template <class V>
 struct Accumulators {
-  Vector<A> v[kAccumulators] = {};
-  LNC_INLINE A total() const { return sum((v[0] + v[1]) + (v[2] + v[3])); }
+  V v[kUnroll<V>];
+  LNC_INLINE Accumulators() {
+    for (V& each : v) each = set<V>(0);
+  }
+  LNC_INLINE auto total() const {
+    if constexpr (kUnroll<V> == 4)
+      return sum((v[0] + v[1]) + (v[2] + v[3]));
+    else
+      return sum(v[0] + v[1]);
+  }
 };
 
 LNC_INLINE Moments merge(const Moments& a, const Moments& b) {
@@ -43,6 +31,14 @@ LNC_INLINE Moments merge(const Moments& a, const Moments& b) {
 }
 
 LNC_INLINE Sums merge(const Sums& a, const Sums& b) { return {a.g + b.g, a.g_xhat + b.g_xhat}; }
+
+LNC_INLINE double root(double v) {
+#ifdef __GNUC__
+  return __builtin_sqrt(v);
+#else
+  return sqrt(v);
+#endif
+}
 
 // Merges leaf(begin) ... leaf(end - 1) in a tree whose shape is fixed by their number.
 template <class Leaf>
@@ -61,6 +57,29 @@ LNC_INLINE void for_ranges(ParallelFor parallel, int64_t count, int64_t grain, c
     body(int64_t{0}, count);
   else
     parallel(count, grain, &Call::range, const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// The parameter as the kernels want it: A, in the order of the lanes; a constant where there is none. It is
+// read in place where it is so already, else written to a buffer.
+template <class T, class Params>
+auto* parameter(const Params& p, ParallelFor parallel, const void* from, double absent, void* buffer) {
+  using A = typename Computed<T>::Scalar;
+  using V = typename Computed<T>::Vector;
+  if (from && reads_parameters(p)) return static_cast<const A*>(from);
+  A* const to = static_cast<A*>(buffer);
+  constexpr int64_t tile = 1024;
+  for_ranges(parallel, ceil_div(p.cols, tile), kGrain / tile, [&](int64_t begin, int64_t end) {
+    const int64_t start = begin * tile, n = (end * tile < p.cols ? end * tile : p.cols) - start;
+    sweep<V>(n, [&](int64_t i, auto where, int) LNC_LAMBDA {
+      const int64_t j = start + i;
+      put(to + j,
+          !from                      ? set<V>(static_cast<A>(absent))
+          : p.param_dtype == p.dtype ? load<V>(static_cast<const T*>(from) + j, where)
+                                     : load<V>(static_cast<const A*>(from) + j, where),
+          where);
+    });
+  });
+  return static_cast<const A*>(to);
 }
 
 }  // namespace lnc::cpu::LNC_ISA

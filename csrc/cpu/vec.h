@@ -25,29 +25,52 @@ struct bf16 {
 template <class E>
 struct VectorOf {
 #ifdef LNC_VECTOR_BYTES
-  static constexpr int lanes = LNC_VECTOR_BYTES / sizeof(E);
   typedef E type __attribute__((vector_size(LNC_VECTOR_BYTES)));
 #else
-  static constexpr int lanes = 1;
   typedef E type;
 #endif
 };
-
-template <class E>
-using Vector = typename VectorOf<E>::type;
-using F = Vector<float>;
-using D = Vector<double>;
-using I = Vector<int32_t>;
-template <class A>
-constexpr int kLanes = VectorOf<A>::lanes;
-
+using F = VectorOf<float>::type;
+using D = VectorOf<double>::type;
+using I = VectorOf<int32_t>::type;
+using U = VectorOf<uint32_t>::type;
 #ifdef LNC_VECTOR_BYTES
 typedef uint16_t Half __attribute__((vector_size(LNC_VECTOR_BYTES / 2)));
-#define LNC_CONVERT(v, To) __builtin_convertvector(v, To)
 #else
 using Half = uint16_t;
-#define LNC_CONVERT(v, To) static_cast<To>(v)
 #endif
+
+// A register of bfloat16 as float32: its even and its odd elements, which a shift and a mask can tell apart.
+struct Pair {
+  F even, odd;
+};
+
+// What elements of T are computed in.
+template <class T>
+struct Computed {
+  using Scalar = float;
+  using Vector = F;
+};
+template <>
+struct Computed<double> {
+  using Scalar = double;
+  using Vector = D;
+};
+template <>
+struct Computed<bf16> {
+  using Scalar = float;
+  using Vector = Pair;
+};
+
+template <class V>
+constexpr int kLanes = sizeof(V) / sizeof(float);
+template <>
+constexpr int kLanes<D> = sizeof(D) / sizeof(double);
+// Independent vectors in flight in a loop: as many as the registers hold.
+template <class V>
+constexpr int kUnroll = 4;
+template <>
+constexpr int kUnroll<Pair> = 2;
 
 // Which lanes of a vector exist in memory: all, or the first n of a row's last few elements.
 struct Full {};
@@ -69,62 +92,30 @@ LNC_INLINE V read(const void* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
-
-LNC_INLINE F set(float a) { return a - F{}; }
-LNC_INLINE D set(double a) { return a - D{}; }
-
-// Integer arithmetic on 32-bit lanes, for instruction sets without conversions.
-template <class Int>
-LNC_INLINE Int half_to_float(Int h) {
-  constexpr int32_t inf = 0x7c00 << 13;
-  const Int magnitude = (h & 0x7fff) << 13;
-  const Int rebased = as<Int>(as<F>(magnitude) * 0x1p112f);  // exact, subnormals too
-  return (magnitude >= inf ? rebased | 0x7f800000 : rebased) | (h & 0x8000) << 16;
+template <class V>
+LNC_INLINE void write(void* p, V v) {
+  memcpy(p, &v, sizeof v);
 }
 
-template <class Int>
-LNC_INLINE Int float_to_half(Int u) {
-  const Int a = u & 0x7fffffff;
-  const Int normal = (a - ((127 - 15) << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
-  const Int subnormal = as<Int>(as<F>(a) + 0.5f) - 0x3f000000;
-  const Int finite = a < (113 << 23) ? subnormal : normal;
-  const Int special = a > 0x7f800000 ? Int{} + 0x7e00 : Int{} + 0x7c00;
-  return (a >= (143 << 23) ? special : finite) | ((u >> 16) & 0x8000);
+template <class V>
+LNC_INLINE V set(std::conditional_t<std::is_same_v<V, D>, double, float> a) {
+  if constexpr (std::is_same_v<V, Pair>)
+    return {a - F{}, a - F{}};
+  else
+    return a - V{};
 }
 
-template <class Int>
-LNC_INLINE Int float_to_bfloat(Int u) {
-  const Int rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return (u & 0x7fffffff) > 0x7f800000 ? Int{} + 0x7fc0 : rounded & 0xffff;
-}
-
-LNC_INLINE F load(const float* p, Full) { return read<F>(p); }
-LNC_INLINE D load(const double* p, Full) { return read<D>(p); }
-LNC_INLINE F widen(bf16, Half h) { return as<F>(LNC_CONVERT(h, I) << 16); }
-LNC_INLINE void store(float* p, F v, Full) { memcpy(p, &v, sizeof v); }
-LNC_INLINE void store(double* p, D v, Full) { memcpy(p, &v, sizeof v); }
-
+// What the instruction set has instructions for: fma, the sum over lanes, 16-bit lanes to and from 32-bit
+// ones (to: values below 2^16), and float16.
 #if LNC_VECTOR_BYTES == 64
 LNC_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 LNC_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 LNC_INLINE float sum(F v) { return _mm512_reduce_add_ps((__m512)v); }
 LNC_INLINE double sum(D v) { return _mm512_reduce_add_pd((__m512d)v); }
+LNC_INLINE I spread(Half h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }
+LNC_INLINE Half pack(I v) { return (Half)_mm512_cvtepi32_epi16((__m512i)v); }
 LNC_INLINE F widen(f16, Half h) { return (F)_mm512_cvtph_ps((__m256i)h); }
-LNC_INLINE void store(f16* p, F v, Full) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-LNC_INLINE void store(bf16* p, F v, Full) {
-#ifdef LNC_AVX512_BF16
-  // The instruction flushes subnormal numbers to zero; we do not.
-  if (!_mm512_fpclass_ps_mask((__m512)v, 0x20)) {
-    const auto rounded = _mm512_cvtneps_pbh((__m512)v);
-    memcpy(p, &rounded, sizeof rounded);
-    return;
-  }
-#endif
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)float_to_bfloat(as<I>(v))));
-}
+LNC_INLINE Half narrow(f16, F v) { return (Half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 
 #elif LNC_VECTOR_BYTES == 32
 LNC_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -138,15 +129,12 @@ LNC_INLINE double sum(D v) {
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
+LNC_INLINE I spread(Half h) { return (I)_mm256_cvtepu16_epi32((__m128i)h); }
+LNC_INLINE Half pack(I v) {
+  return (Half)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+}
 LNC_INLINE F widen(f16, Half h) { return (F)_mm256_cvtph_ps((__m128i)h); }
-LNC_INLINE void store(f16* p, F v, Full) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-}
-LNC_INLINE void store(bf16* p, F v, Full) {
-  const __m256i r = (__m256i)float_to_bfloat(as<I>(v));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
-}
+LNC_INLINE Half narrow(f16, F v) { return (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 
 #else
 #if defined(__aarch64__) && defined(LNC_VECTOR_BYTES)
@@ -156,102 +144,185 @@ LNC_INLINE D fma(D a, D b, D c) { return (D)vfmaq_f64((float64x2_t)c, (float64x2
 LNC_INLINE F fma(F a, F b, F c) { return a * b + c; }
 LNC_INLINE D fma(D a, D b, D c) { return a * b + c; }
 #endif
-template <class A>
-LNC_INLINE A sum_lanes(const Vector<A>& v) {
-  A lanes[kLanes<A>];
+template <class A, class V>
+LNC_INLINE A sum_lanes(const V& v) {
+  A lanes[kLanes<V>];
   memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2)
+  for (int width = kLanes<V> / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
   return lanes[0];
 }
 LNC_INLINE float sum(F v) { return sum_lanes<float>(v); }
 LNC_INLINE double sum(D v) { return sum_lanes<double>(v); }
-LNC_INLINE F widen(f16, Half h) { return as<F>(half_to_float(LNC_CONVERT(h, I))); }
-LNC_INLINE void store(f16* p, F v, Full) {
-  const Half h = LNC_CONVERT(float_to_half(as<I>(v)), Half);
-  memcpy(p, &h, sizeof h);
-}
-LNC_INLINE void store(bf16* p, F v, Full) {
-  const Half h = LNC_CONVERT(float_to_bfloat(as<I>(v)), Half);
-  memcpy(p, &h, sizeof h);
-}
-#endif
-
-LNC_INLINE F load(const f16* p, Full) { return widen(f16{}, read<Half>(p)); }
-LNC_INLINE F load(const bf16* p, Full) { return widen(bf16{}, read<Half>(p)); }
-
-template <class T>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-template <class T>
-using Accumulate = typename AccumulateOf<T>::type;
-
-template <class T>
-LNC_INLINE auto load(const T* p, Part part) {
-  T lanes[kLanes<Accumulate<T>>] = {};
-  memcpy(lanes, p, part.n * sizeof(T));
-  return load(lanes, Full{});
-}
-
-template <class T, class V>
-LNC_INLINE void store(T* p, V v, Part part) {
-  T lanes[kLanes<Accumulate<T>>];
-  store(lanes, v, Full{});
-  memcpy(p, lanes, part.n * sizeof(T));
-}
-
-LNC_INLINE float first_of(const float* p) { return *p; }
-LNC_INLINE double first_of(const double* p) { return *p; }
-template <class T>
-LNC_INLINE float first_of(const T* p) {
-  const F v = widen(T{}, Half{} + p->bits);
 #ifdef LNC_VECTOR_BYTES
-  return v[0];
+LNC_INLINE I spread(Half h) { return __builtin_convertvector(h, I); }
+LNC_INLINE Half pack(I v) { return __builtin_convertvector(v, Half); }
 #else
-  return v;
+LNC_INLINE I spread(Half h) { return h; }
+LNC_INLINE Half pack(I v) { return static_cast<Half>(v); }
 #endif
+LNC_INLINE F widen(f16, Half half) {
+  const I h = spread(half), magnitude = (h & 0x7fff) << 13;
+  const I rebased = as<I>(as<F>(magnitude) * 0x1p112f);  // exact, subnormals too
+  return as<F>((magnitude >= (0x7c00 << 13) ? rebased | 0x7f800000 : rebased) | (h & 0x8000) << 16);
+}
+LNC_INLINE Half narrow(f16, F v) {
+  const I u = as<I>(v), a = u & 0x7fffffff;
+  const I normal = (a - ((127 - 15) << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
+  const I subnormal = as<I>(as<F>(a) + 0.5f) - 0x3f000000;
+  const I finite = a < (113 << 23) ? subnormal : normal;
+  const I special = a > 0x7f800000 ? I{} + 0x7e00 : I{} + 0x7c00;
+  return pack((a >= (143 << 23) ? special : finite) | ((u >> 16) & 0x8000));
+}
+#endif
+
+LNC_INLINE Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
+LNC_INLINE Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
+LNC_INLINE Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
+LNC_INLINE Pair fma(Pair a, Pair b, Pair c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
+LNC_INLINE float sum(Pair v) { return sum(v.even + v.odd); }
+
+// To nearest even in the upper half, NaN stays NaN.
+LNC_INLINE U round_to_bf16(F v) {
+  const U u = as<U>(v), rounded = u + 0x7fff + ((u >> 16) & 1);
+  return v != v ? ~(u ^ u) : rounded;
 }
 
-// Zero in the lanes that do not exist.
+#ifdef LNC_VECTOR_BYTES
+#if defined(__clang__) || __GNUC__ >= 12
+#define LNC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LNC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+template <int... i>
+LNC_INLINE Pair split(F low, F high, std::integer_sequence<int, i...>) {
+  return {LNC_SHUFFLE(low, high, (2 * i)...), LNC_SHUFFLE(low, high, (2 * i + 1)...)};
+}
+template <int... i>
+LNC_INLINE void join(float* p, Pair v, std::integer_sequence<int, i...>) {
+  constexpr int L = sizeof...(i);
+  write(p, LNC_SHUFFLE(v.even, v.odd, (i / 2 + i % 2 * L)...));
+  write(p + L, LNC_SHUFFLE(v.even, v.odd, (L / 2 + i / 2 + i % 2 * L)...));
+}
+#else
+LNC_INLINE Pair split(F low, F high, std::integer_sequence<int, 0>) { return {low, high}; }
+LNC_INLINE void join(float* p, Pair v, std::integer_sequence<int, 0>) { p[0] = v.even, p[1] = v.odd; }
+#endif
+using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
+
+LNC_INLINE void load(const float* p, F& v) { v = read<F>(p); }
+LNC_INLINE void load(const double* p, D& v) { v = read<D>(p); }
+LNC_INLINE void load(const f16* p, F& v) { v = widen(f16{}, read<Half>(p)); }
+LNC_INLINE void load(const bf16* p, Pair& v) {
+  const U u = read<U>(p);
+  v = {as<F>(u << 16), as<F>(u & 0xffff0000)};
+}
+LNC_INLINE void load(const float* p, Pair& v) { v = split(read<F>(p), read<F>(p + kLanes<F>), LaneIndices{}); }
+
+LNC_INLINE void store(float* p, F v, Full) { write(p, v); }
+LNC_INLINE void store(double* p, D v, Full) { write(p, v); }
+LNC_INLINE void store(f16* p, F v, Full) { write(p, narrow(f16{}, v)); }
+LNC_INLINE void store(bf16* p, Pair v, Full) {
+  write(p, (round_to_bf16(v.even) >> 16) | (round_to_bf16(v.odd) & 0xffff0000));
+}
+LNC_INLINE void store(float* p, Pair v, Full) { join(p, v, LaneIndices{}); }
+
+template <class V, class S>
+LNC_INLINE V load(const S* p, Full) {
+  V v;
+  load(p, v);
+  return v;
+}
+// Lanes that are not there are zero.
+template <class V, class S>
+LNC_INLINE V load(const S* p, Part part) {
+  S elements[kLanes<V>] = {};
+  memcpy(elements, p, part.n * sizeof(S));
+  return load<V>(elements, Full{});
+}
+template <class V, class S>
+LNC_INLINE void store(S* p, V v, Part part) {
+  S elements[kLanes<V>];
+  store(elements, v, Full{});
+  memcpy(p, elements, part.n * sizeof(S));
+}
+
+// Buffers of our own hold values in the order of the lanes, and are padded to whole vectors where that is
+// not the order of the elements.
+template <class V, class A, class Where>
+LNC_INLINE V get(const A* p, Where where) {
+  if constexpr (std::is_same_v<V, Pair>)
+    return read<V>(p);
+  else
+    return load<V>(p, where);
+}
+template <class V, class A, class Where>
+LNC_INLINE void put(A* p, V v, Where where) {
+  if constexpr (std::is_same_v<V, Pair>)
+    write(p, v);
+  else
+    store(p, v, where);
+}
+
+// Zero in the lanes that are not there.
 constexpr int32_t kMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+template <class V>
+LNC_INLINE V keep(V v, int n) {
+  return as<V>(as<I>(v) & read<I>(kMask + 16 - n * (kLanes<F> / kLanes<V>)));
+}
+LNC_INLINE Pair keep(Pair v, int n) { return {keep(v.even, (n + 1) / 2), keep(v.odd, n / 2)}; }
+template <class V>
+LNC_INLINE V keep(V v, Part part) {
+  return keep(v, part.n);
+}
 template <class V>
 LNC_INLINE V keep(V v, Full) {
   return v;
 }
-template <class V>
-LNC_INLINE V keep(V v, Part part) {
-#ifdef LNC_VECTOR_BYTES
-  return as<V>(as<I>(v) & read<I>(kMask + 16 - part.n * (sizeof(v[0]) / 4)));
+
+LNC_INLINE float first_of(const float* p) { return *p; }
+LNC_INLINE double first_of(const double* p) { return *p; }
+LNC_INLINE float first_of(const bf16* p) { return as<float>(static_cast<uint32_t>(p->bits) << 16); }
+LNC_INLINE float first_of(const f16* p) {
+  const F v = widen(f16{}, Half{} + p->bits);
+  return read<float>(&v);
+}
+
+LNC_INLINE void prefetch(const void* p) {
+#ifdef __GNUC__
+  __builtin_prefetch(p);
 #else
-  return v;
+  (void)p;
 #endif
 }
+// Whether the u-th of several adjacent vectors of T is the first to touch its cache line.
+template <class T>
+constexpr bool starts_line(int u) {
+  return u * kLanes<typename Computed<T>::Vector> * sizeof(T) % 64 == 0;
+}
 
-// Calls body(i, part, index of an independent accumulator) for the vectors of n columns, in one fixed order.
-template <int U, int L, class Body, int... Us>
-LNC_INLINE void sweep_unrolled(int64_t n, const Body& body, std::integer_sequence<int, Us...>) {
+// Calls body(i, where, u) for the vectors of n columns, in one fixed order; u < unroll numbers those that may
+// be in flight together.
+template <int L, class Body, int... u>
+LNC_INLINE void sweep(int64_t n, const Body& body, std::integer_sequence<int, u...>) {
+  constexpr int unroll = sizeof...(u);
   int64_t i = 0;
-  for (; i + U * L <= n; i += U * L) (body(i + Us * L, Full{}, Us), ...);
+  for (; i + unroll * L <= n; i += unroll * L) (body(i + u * L, Full{}, u), ...);
   for (; i + L <= n; i += L) body(i, Full{}, 0);
-  if (i < n) body(i, Part{static_cast<int>(n - i)}, U - 1);
+  if (i < n) body(i, Part{static_cast<int>(n - i)}, unroll - 1);
 }
-template <class A, int U, class Body>
+template <class V, class Body>
 LNC_INLINE void sweep(int64_t n, const Body& body) {
-  sweep_unrolled<U, kLanes<A>>(n, body, std::make_integer_sequence<int, U>{});
+  sweep<kLanes<V>>(n, body, std::make_integer_sequence<int, kUnroll<V>>{});
 }
 
-template <class Body, int... Us>
-LNC_INLINE void unrolled(const Body& body, std::integer_sequence<int, Us...>) {
-  (body(Us), ...);
+template <class Body, int... u>
+LNC_INLINE void unrolled(const Body& body, std::integer_sequence<int, u...>) {
+  (body(u), ...);
 }
-template <int U, class Body>
+template <int unroll, class Body>
 LNC_INLINE void unrolled(const Body& body) {
-  unrolled(body, std::make_integer_sequence<int, U>{});
+  unrolled(body, std::make_integer_sequence<int, unroll>{});
 }
 
 }  // namespace lnc::cpu::LNC_ISA
