@@ -271,8 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
   check_like_input(p, "grad_output", grad_output, input);
   if (grad_sum) check_like_input(p, "grad_sum", *grad_sum, input);
   ScalarType type = input.scalar_type(), wide = accumulate_type(type);
-  TORCH_CHECK(stats.scalar_type() == wide && stats.numel() == (rms ? 1 : 2) * p.rows && stats.is_contiguous() &&
-                  stats.device() == input.device(),
+  TORCH_CHECK(stats.scalar_type() == wide && stats.numel() == (rms ? 1 : 2) * p.rows && stats.device() == input.device(),
               p.name, ": stats must be what the forward saved: ", wide, " of shape [", rms ? 1 : 2, ", ", p.rows,
               "] on ", input.device());
   TORCH_CHECK(!output_mask[1] || weight, p.name, ": a gradient of weight was asked for but there is no weight");
@@ -283,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
   DeviceGuard guard(input);
   Rows x = rows_of(input, p), dy = rows_of(grad_output.to(output_type), p), ds;
   if (grad_sum && output_mask[0]) ds = rows_of(grad_sum->to(type), p);
-  Tensor w = weight ? param_as(*weight, params) : Tensor();
+  Tensor w = weight ? param_as(*weight, params) : Tensor(), saved = stats.contiguous();
   auto options = input.options();
   Tensor dx, dw, db;
   if (output_mask[0]) dx = at::empty(input.sizes(), options);
@@ -300,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
     params_.grad_sum = data(ds.tensor);
     params_.input = data(x.tensor);
     params_.weight = data(w);
-    params_.stats = data(stats);
+    params_.stats = data(saved);
     params_.grad_input = data(dx);
     params_.grad_weight = data(dw);
     params_.grad_bias = data(db);

@@ -4,9 +4,11 @@
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/cpu.h"
+#include "kernels/plan.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -118,15 +120,36 @@ py::dict build_info() {
   return info;
 }
 
+py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool backward, int arch, int sm_count) {
+  const DType type = dtype == "float64"    ? DType::f64
+                     : dtype == "float32"  ? DType::f32
+                     : dtype == "float16"  ? DType::f16
+                                           : DType::bf16;
+  const DeviceTraits device{arch, sm_count};
+  const Plan plan = backward ? plan_backward(rows, cols, type, device) : plan_forward(rows, cols, type, device);
+  py::dict d;
+  d["tier"] = plan.tier->name;
+  d["threads"] = plan.threads;
+  d["threads_per_row"] = plan.threads_per_row;
+  d["rows_per_block"] = plan.rows_per_block;
+  d["packs_per_thread"] = plan.tier->vecs;
+  d["blocks"] = plan.blocks_x * plan.blocks_y;
+  d["slices"] = plan.slices;
+  d["partials"] = plan.partials;
+  d["reason"] = plan.tier->reason;
+  return d;
+}
+
 }  // namespace
 }  // namespace lnc
 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   m.doc() = "layernorm_cuda's compiled operators";
-  m.def("norm_forward", lnc::forward);
-  m.def("norm_backward", lnc::backward);
+  m.def("norm_forward", torch::wrap_pybind_function_no_gil(lnc::forward));
+  m.def("norm_backward", torch::wrap_pybind_function_no_gil(lnc::backward));
   m.def("build_info", lnc::build_info);
+  m.def("launch_plan", lnc::launch_plan);
   m.attr("forward_schema") = lnc::kForwardSchema;
   m.attr("backward_schema") = lnc::kBackwardSchema;
 }
