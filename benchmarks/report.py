@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -197,7 +197,7 @@ def _commit() -> str | None:
 
 
 def save(cells: list[Cell], machine: dict, folder: Path) -> list[Path]:
-    """Writes <machine>-<date>.csv, .json and .png; returns their paths."""
+    """Writes <machine>-<date>: .csv what was measured, .json on what, .png the picture; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", machine["machine"].lower()).strip("-")
     stem = folder / f"{slug}-{machine['date'][:10]}"
@@ -207,11 +207,8 @@ def save(cells: list[Cell], machine: dict, folder: Path) -> list[Path]:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    timings = [
-        {**asdict(cell.case), "dtype": cell.dtype, "timings": {p: asdict(t) for p, t in cell.timings.items()}}
-        for cell in cells
-    ]
-    record.write_text(json.dumps({**machine, "cells": timings}, indent=1) + "\n")
+    threads = sorted({cell.case.threads for cell in cells})
+    record.write_text(json.dumps({**machine, "threads": threads, "cells": len(cells)}, indent=2) + "\n")
     picture(cells, machine, image)
     return [table, record, image]
 
