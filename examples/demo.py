@@ -139,10 +139,11 @@ def report(native: Trainee, ours: Trainee, differences: list[float], console: Co
     console.print(table)
     if any(high > 1.3 * low for low, _, high in steps):
         console.print("The steps' times vary too much to compare: other programs are running, or too few steps.")
-    console.print(
-        f"The rest of a step is the same code in both: norms that cost nothing at all would make it "
-        f"{1 / (1 - norms[0] / medians[0]):.2f} times as fast as native's, and no more than that."
-    )
+    else:
+        console.print(
+            f"The rest of a step is the same code in both: norms that cost nothing at all would make it "
+            f"{1 / (1 - norms[0] / medians[0]):.2f} times as fast as native's, and no more than that."
+        )
 
 
 def plot(native: Trainee, ours: Trainee, differences: list[float], title: str, path: Path) -> None:
