@@ -1,6 +1,6 @@
 """Layer normalisation for PyTorch: fused CUDA kernels, native CPU kernels, ``torch.nn.LayerNorm``'s interface."""
 
-from ._info import build_info
+from ._info import LaunchPlan, build_info, launch_plan
 from .convert import Replacement, override, replace_norms, restore_norms
 from .functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .functions import LayerNormFunction, RMSNormFunction
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
+    "LaunchPlan",
     "LayerNorm",
     "LayerNormFunction",
     "LayerNormGRUCell",
@@ -23,6 +24,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "build_info",
+    "launch_plan",
     "layer_norm",
     "override",
     "replace_norms",

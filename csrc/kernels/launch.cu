@@ -1,5 +1,5 @@
-// By data type; plans and their workspace.
-#include "launch.cuh"
+// By data type; plans and their workspace. No kernel is instantiated here.
+#include "launch.h"
 
 namespace lnc::cuda {
 
@@ -31,8 +31,7 @@ int64_t forward_workspace(const ForwardParams& p, const DeviceTraits& device) {
 int64_t backward_workspace(const BackwardParams& p, const DeviceTraits& device) {
   const Plan plan = plan_backward(p.rows, p.cols, p.dtype, device);
   const int64_t size = size_of(accumulate_type(p.dtype));
-  const int64_t partials = size == 8 ? partials_bytes<double>(p, plan) : partials_bytes<float>(p, plan);
-  return partials + (plan.is_sliced() ? 2 * p.rows * plan.slices * size : 0);
+  return partials_bytes(p, plan) + (plan.is_sliced() ? 2 * p.rows * plan.slices * size : 0);
 }
 
 cudaError_t forward(const ForwardParams& p, const DeviceTraits& device, cudaStream_t stream) {

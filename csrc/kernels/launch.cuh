@@ -90,13 +90,6 @@ cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, cudaStream_
                                : launch_forward_norm<T, Norm::rms>(p, plan, stream);
 }
 
-// Partials first: they are read by whole warps and begin aligned; then the sums of sliced rows.
-template <class A>
-int64_t partials_bytes(const BackwardParams& p, const Plan& plan) {
-  if (!p.grad_weight && !p.grad_bias) return 0;
-  return ceil_div(2 * plan.partials * p.cols * int64_t(sizeof(A)), 16) * 16;
-}
-
 template <class T, class D>
 BackwardArgs backward_args(const BackwardParams& p, const Plan& plan) {
   using A = Accumulate<T>;
@@ -115,7 +108,7 @@ BackwardArgs backward_args(const BackwardParams& p, const Plan& plan) {
   a.slices = plan.slices;
   a.row_blocks = plan.partials;
   a.partials = p.workspace;
-  a.sums = static_cast<char*>(p.workspace) + partials_bytes<A>(p, plan);
+  a.sums = static_cast<char*>(p.workspace) + partials_bytes(p, plan);
   return a;
 }
 

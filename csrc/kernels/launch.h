@@ -13,6 +13,13 @@ int64_t backward_workspace(const BackwardParams&, const DeviceTraits&);  // byte
 cudaError_t forward(const ForwardParams&, const DeviceTraits&, cudaStream_t);
 cudaError_t backward(const BackwardParams&, const DeviceTraits&, cudaStream_t);
 
+// Of backward's workspace the partials come first: they are read by whole warps and begin aligned. Then the sums of
+// sliced rows.
+inline int64_t partials_bytes(const BackwardParams& p, const Plan& plan) {
+  if (!p.grad_weight && !p.grad_bias) return 0;
+  return ceil_div(2 * plan.partials * p.cols * size_of(accumulate_type(p.dtype)), 16) * 16;
+}
+
 // One of these a data type: each in a translation unit of its own, so that they compile side by side.
 template <class T>
 cudaError_t launch_forward(const ForwardParams&, const Plan&, cudaStream_t);

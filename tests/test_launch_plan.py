@@ -1,0 +1,54 @@
+"""The launch plan as users see it: data, for any architecture, without a GPU."""
+
+import pytest
+import torch
+from cases import BACKEND
+
+import layernorm_cuda as lnc
+
+pytestmark = pytest.mark.skipif(BACKEND == "python", reason="the plan lives in the compiled module")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_has_a_plan_that_holds_it(direction, dtype):
+    pack = 16 // dtype.itemsize
+    for cols in [1, 2, 3, 8, 31, 64, 129, 768, 1000, 1024, 4096, 5120, 8192, 8193, 16384, 50257, 262144, 1 << 26]:
+        plan = lnc.launch_plan(1000, cols, dtype, direction=direction)
+        capacity = plan.threads_per_row * plan.packs_per_thread * pack * plan.slices
+        assert capacity >= cols
+        assert plan.threads <= 512 and plan.threads % plan.threads_per_row == 0
+        assert plan.rows_per_block * plan.threads_per_row <= plan.threads
+        assert plan.reason
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_row_is_shared_by_the_same_threads_in_any_batch(direction):
+    for cols in [5, 768, 4096, 100_000]:
+        plans = [lnc.launch_plan(rows, cols, torch.bfloat16, direction=direction) for rows in (1, 7, 4096, 1 << 20)]
+        assert len({(p.threads_per_row, p.packs_per_thread, p.slices) for p in plans}) == 1
+
+
+def test_backward_partials_stay_within_two_percent():
+    rows, cols = 8192, 4096
+    for arch, sm_count in (("sm_70", 80), ("sm_80", 108), ("sm_90", 132)):
+        plan = lnc.launch_plan(rows, cols, torch.float32, direction="backward", arch=arch, sm_count=sm_count)
+        assert plan.partials * 2 * cols * 4 <= 0.02 * 3 * rows * cols * 4
+
+
+def test_backward_fills_the_device():
+    plan = lnc.launch_plan(8192, 1024, torch.float16, direction="backward", sm_count=132)
+    assert plan.blocks == 132
+    assert lnc.launch_plan(16, 768, torch.float32, direction="backward", sm_count=132).blocks == 16
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(rows=0), dict(cols=0), dict(direction="sideways"), dict(dtype=torch.int32), dict(arch="volta"), dict(sm_count=0)],
+)
+def test_wrong_arguments_are_named(wrong):
+    arguments = dict(rows=4, cols=4, dtype=torch.float32) | wrong
+    rows, cols, dtype = (arguments.pop(k) for k in ("rows", "cols", "dtype"))
+    with pytest.raises(ValueError, match="launch_plan: "):
+        lnc.launch_plan(rows, cols, dtype, **arguments)
