@@ -27,8 +27,17 @@ endif
 demo: $(built) $(VENV)/.demo
 	$(bin)/python -m examples.demo $(ARGS)
 
+# Everything, then what any backend has to satisfy once more: with the CUDA kernels' source run on the CPU, and without
+# the compiled module. ARGS, say "-k autograd -x", are for a run by hand, of the first alone.
 test: $(built) $(VENV)/.test
 	$(bin)/python -m pytest $(ARGS)
+ifeq ($(ARGS),)
+	LAYERNORM_CUDA_TEST_BACKEND=host $(bin)/python -m pytest $(backend_tests)
+	LAYERNORM_CUDA_TEST_BACKEND=python $(bin)/python -m pytest $(backend_tests)
+endif
+
+backend_tests := $(addprefix tests/test_,$(addsuffix .py,\
+	autograd contract convert errors fused rnn semantics transforms))
 
 bench: $(built) $(VENV)/.bench
 	$(bin)/python -m benchmarks $(ARGS)
