@@ -150,7 +150,7 @@ __device__ inline void write_grad_input(const BackwardArgs& args, const Incoming
     weight.values(v, w, A(1), group);
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      grad[e] = in.rstd * multiply_add(-xhat[e], mean_gx, multiply_add(grad[e], w[e], -mean_g));
+      grad[e] = in.rstd * multiply_add(-xhat[e], mean_gx, multiply(grad[e], w[e]) - mean_g);
     if (p.grad_sum) {
       unpack<T>(raw[v], xhat);
 #pragma unroll
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_rows(const BackwardArgs a
       if (args.param_grads) grads.add(v, xhat, grad);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const A g = grad[e] * w[e];
+        const A g = multiply(grad[e], w[e]);
         sums[0] += g;
         sums[1] = multiply_add(g, xhat[e], sums[1]);
       }
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(512) backward_slice_sums(const BackwardArgs ar
       weight.values(v, w, A(1), group);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const A g = grad[e] * w[e];
+        const A g = multiply(grad[e], w[e]);
         sums[0] += g;
         sums[1] = multiply_add(g, xhat[e], sums[1]);
       }

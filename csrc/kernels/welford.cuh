@@ -6,6 +6,23 @@
 
 namespace lnc {
 
+// A product rounded on its own, where fusing it with an addition in one place and not in another would make two
+// values of what must be one.
+__device__ inline float multiply(float a, float b) {
+#ifdef LNC_HOST_EXECUTION
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+__device__ inline double multiply(double a, double b) {
+#ifdef LNC_HOST_EXECUTION
+  return a * b;
+#else
+  return __dmul_rn(a, b);
+#endif
+}
+
 template <class A>
 struct Moments {
   A n;     // how many values
