@@ -143,18 +143,18 @@ def policy_cases():
                 yield case(params=wide, output=wide, rms=True)
 
 
-@pytest.mark.parametrize("case", tier_cases(), ids=str)
+@pytest.mark.parametrize("case", list(tier_cases()), ids=str)
 def test_tiers(kernels, case):
     run(kernels, case)
 
 
-@pytest.mark.parametrize("case", policy_cases(), ids=str)
+@pytest.mark.parametrize("case", list(policy_cases()), ids=str)
 def test_policies(kernels, case):
     run(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
-@pytest.mark.parametrize("rows, cols", [(1, 1), (33, 7), (6, 129), (4, 1030), (2, 40000)])
+@pytest.mark.parametrize("rows, cols", [(1, 1), (33, 7), (6, 129), (4, 1030), (1, 33000)])
 def test_misaligned_rows(kernels, dtype, rows, cols):
     """However a row lies in memory, the same bits."""
     expected = None
@@ -171,7 +171,7 @@ def test_misaligned_rows(kernels, dtype, rows, cols):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("rows, cols", [(40, 24), (40, 260), (20, 3000), (6, 50000)])
+@pytest.mark.parametrize("rows, cols", [(40, 24), (40, 260), (12, 3000), (2, 33000)])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_order_of_execution(kernels, dtype, rows, cols, seed):
     """Whichever block, warp or lane comes first, and however many multiprocessors: no race, and the same bits."""
@@ -222,10 +222,6 @@ def total(launches, name, kind, what="bytes"):
     return sum(launch["arrays"].get(name, {}).get(kind, {}).get(what, 0) for launch in launches)
 
 
-def traffic(launches, what):
-    return sum(counts[what] for launch in launches for array in launch["arrays"].values() for counts in array.values())
-
-
 def size(rows):
     return rows.values.size * rows.array.itemsize
 
@@ -253,7 +249,10 @@ def test_traffic(kernels, dtype, cols):
         for name in written:
             assert total(launches, name, "write") == total(launches, name, "write", "distinct") == size(results[name])
     for launches in (forward, backward):
-        assert traffic(launches, "sectors") <= 1.02 * traffic(launches, "fewest_sectors")
+        for name, kind in (("input", "read"), ("grad_output", "read"), ("output", "write"), ("grad_input", "write")):
+            # The pivots of several rows in a warp lie in several sectors.
+            slack = 1.1 if name == "input" else 1
+            assert total(launches, name, kind, "sectors") <= slack * total(launches, name, kind, "fewest_sectors")
 
 
 @counted

@@ -6,9 +6,11 @@
 
 struct __nv_bfloat16 {
   uint16_t bits;
+  LNC_ASSIGNED_WHOLE(__nv_bfloat16)
 };
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
+  LNC_ASSIGNED_WHOLE(__nv_bfloat162)
 };
 
 inline float __bfloat162float(__nv_bfloat16 b) { return __uint_as_float(uint32_t{b.bits} << 16); }

@@ -7,9 +7,11 @@
 
 struct __half {
   uint16_t bits;
+  LNC_ASSIGNED_WHOLE(__half)
 };
 struct alignas(4) __half2 {
   __half x, y;
+  LNC_ASSIGNED_WHOLE(__half2)
 };
 using half = __half;
 using half2 = __half2;

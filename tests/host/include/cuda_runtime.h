@@ -2,7 +2,7 @@
 // Only what the kernels use. Semantics follow the CUDA C++ programming guide; where the hardware would
 // misbehave silently, the machine reports.
 #pragma once
-#include <cmath>
+#include <math.h>  // unlike <cmath>, with float overloads outside std, as on the device
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -10,8 +10,7 @@
 #include "../machine.h"
 
 #define __global__
-// Inlined as nvcc does, and because the compiler reports no store of a called function's result.
-#define __device__ __attribute__((always_inline))
+#define __device__
 #define __host__
 #define __constant__ static const
 #define __grid_constant__
@@ -21,20 +20,60 @@
 // One copy for each block: memory.cpp answers the address lookup that a thread-local variable compiles to.
 #define __shared__ static thread_local __attribute__((tls_model("global-dynamic")))
 
-#define LNC_VECTOR(type, scalar, count)                                                           \
-  struct alignas(sizeof(scalar) * (count)) type##2 { scalar x, y; };                              \
-  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; }                            \
-  struct alignas(sizeof(scalar) * (count) * 2 < 16 ? sizeof(scalar) * (count) * 2 : 16) type##4 { \
-    scalar x, y, z, w;                                                                            \
-  };                                                                                              \
-  inline type##4 make_##type##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
-LNC_VECTOR(float, float, 2)
-LNC_VECTOR(double, double, 2)
-LNC_VECTOR(int, int, 2)
-LNC_VECTOR(uint, unsigned, 2)
-LNC_VECTOR(short, short, 2)
-LNC_VECTOR(ushort, unsigned short, 2)
-#undef LNC_VECTOR
+// Assignment is one access of the whole: without it the compiler would not report, in an instrumented build, that
+// the result of a function was stored to memory.
+namespace lnc::host {
+template <size_t>
+struct Whole;
+template <>
+struct Whole<2> {
+  typedef uint16_t __attribute__((may_alias)) type;
+};
+template <>
+struct Whole<4> {
+  typedef uint32_t __attribute__((may_alias)) type;
+};
+template <>
+struct Whole<8> {
+  typedef uint64_t __attribute__((may_alias)) type;
+};
+template <>
+struct Whole<16> {
+  typedef unsigned __int128 __attribute__((may_alias)) type;
+};
+}  // namespace lnc::host
+#define LNC_ASSIGNED_WHOLE(Name)                                             \
+  Name() = default;                                                          \
+  Name(const Name&) = default;                                               \
+  __forceinline__ Name& operator=(const Name& other) {                       \
+    using Bits = typename lnc::host::Whole<sizeof(Name)>::type;              \
+    *reinterpret_cast<Bits*>(this) = *reinterpret_cast<const Bits*>(&other); \
+    return *this;                                                            \
+  }
+
+#define LNC_VECTOR2(Name, Scalar)           \
+  struct alignas(2 * sizeof(Scalar)) Name { \
+    Scalar x, y;                            \
+    LNC_ASSIGNED_WHOLE(Name)                \
+  };                                        \
+  inline Name make_##Name(Scalar x, Scalar y) { return {x, y}; }
+#define LNC_VECTOR4(Name, Scalar)           \
+  struct alignas(4 * sizeof(Scalar)) Name { \
+    Scalar x, y, z, w;                      \
+    LNC_ASSIGNED_WHOLE(Name)                \
+  };                                        \
+  inline Name make_##Name(Scalar x, Scalar y, Scalar z, Scalar w) { return {x, y, z, w}; }
+LNC_VECTOR2(float2, float)
+LNC_VECTOR4(float4, float)
+LNC_VECTOR2(double2, double)
+LNC_VECTOR2(int2, int)
+LNC_VECTOR4(int4, int)
+LNC_VECTOR2(uint2, unsigned)
+LNC_VECTOR4(uint4, unsigned)
+LNC_VECTOR2(ushort2, unsigned short)
+LNC_VECTOR4(ushort4, unsigned short)
+#undef LNC_VECTOR2
+#undef LNC_VECTOR4
 
 #define threadIdx (lnc::host::thread_index())
 #define blockIdx (lnc::host::block_index())
