@@ -25,6 +25,8 @@ class Forward {
   Forward(const ForwardParams& params, ParallelFor parallel_for) : p(params), parallel(parallel_for) {}
 
   void run() const {
+    will_write(p.output, p.rows * p.cols * int64_t{sizeof(O)});
+    if (p.residual) will_write(p.sum, p.rows * p.cols * int64_t{sizeof(T)});
     if (plan.split_columns)
       run_by_columns();
     else
@@ -92,14 +94,14 @@ class Forward {
     return moments<false>(source(row) + start, n, pivot(row), 1);
   }
 
-  // About the pivot: the mean, then squared deviations from it. Scaled: of all values times scale.
+  // About the pivot: the mean, then squared deviations from it. Scaled: of all deviations times scale.
   template <bool Scaled>
   static Moments moments(const T* x, int64_t n, A pivot, A scale) {
-    const V center = set<V>(Scaled ? pivot * scale : pivot), factor = set<V>(scale);
+    const V center = set<V>(pivot), factor = set<V>(scale);
     const auto deviation = [=](int64_t i, auto where) LNC_LAMBDA {
       V v = load<V>(x + i, where);
-      if constexpr (Scaled) v = v * factor;
       if constexpr (N == Norm::layer) v = v - center;
+      if constexpr (Scaled) v = v * factor;
       return v;
     };
     A mean = 0;
@@ -110,12 +112,19 @@ class Forward {
       mean = sums.total() / static_cast<A>(n);
     }
     const V about = set<V>(mean);
+    // In two levels: where all values lie on a coarse grid, as beside a large offset, the rounding errors of one long
+    // sum have one sign.
+    constexpr int64_t kBlock = 512;
     Accumulators<V> squares;
-    sweep<V>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-      V v = deviation(i, where);
-      if constexpr (N == Norm::layer) v = keep(v - about, where);
-      squares.v[u] = fma(v, v, squares.v[u]);
-    });
+    for (int64_t start = 0; start < n; start += kBlock) {
+      Accumulators<V> block;
+      sweep<V>(n - start < kBlock ? n - start : kBlock, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+        V v = deviation(start + i, where);
+        if constexpr (N == Norm::layer) v = keep(v - about, where);
+        block.v[u] = fma(v, v, block.v[u]);
+      });
+      for (int u = 0; u < kUnroll<V>; u++) squares.v[u] = squares.v[u] + block.v[u];
+    }
     return {static_cast<double>(n), static_cast<double>(mean), static_cast<double>(squares.total())};
   }
 
