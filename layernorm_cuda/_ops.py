@@ -160,6 +160,4 @@ def _fake_backward(grad_output, grad_sum, input, normalized_shape, weight, stats
 
 def device_types() -> frozenset[str]:
     """Devices whose tensors our operators take; all others go to PyTorch's own."""
-    if _C is None:
-        return frozenset({"cpu", "cuda", "meta"})
-    return frozenset({"cpu", "meta"} | ({"cuda"} if _C.build_info()["cuda"] else set()))
+    return frozenset({"cpu", "meta"} | ({"cuda"} if _C is not None and _C.build_info()["cuda"] else set()))
