@@ -15,7 +15,12 @@ def norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, rms=False):
 
 def truth(x, normalized_shape, weight=None, bias=None, eps=1e-5, rms=False, grad=None):
     """(output, gradients of x, weight and bias, None where absent) in float64, from the tensors' own rounded values."""
-    wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    wide = [None if t is None else t.detach().double() for t in (x, weight, bias)]
+    if not rms:
+        # Layer norm does not see a row's offset, but float64 arithmetic on float64 data does.
+        rows = wide[0].reshape(*x.shape[: x.dim() - len(normalized_shape)], -1)
+        wide[0] = (rows - rows[..., :1]).reshape(x.shape)
+    wide = [None if t is None else t.requires_grad_() for t in wide]
     y = norm(wide[0], normalized_shape, *wide[1:], eps=eps, rms=rms)
     grads = [None, None, None]
     if grad is not None:
