@@ -181,13 +181,13 @@ def test_errors(kind):
 def test_blocks(kind, norm_first):
     """Pre-norm blocks hand the sum on, post-norm blocks the output; both against the two operations."""
     ours, theirs = (lnc.AddRMSNorm, nn.RMSNorm) if kind == "rms" else (lnc.AddLayerNorm, nn.LayerNorm)
-    norms, plain = [ours(16, eps=EPS) for _ in range(3)], [theirs(16, eps=EPS) for _ in range(3)]
-    layers = [nn.Linear(16, 16) for _ in range(3)]
+    norms, plain = ([kind(16, eps=EPS, dtype=F64) for _ in range(3)] for kind in (ours, theirs))
+    layers = [nn.Linear(16, 16, dtype=F64) for _ in range(3)]
     for a, b in zip(norms, plain, strict=True):
         for p in b.parameters():
             nn.init.normal_(p, 1)
         a.load_state_dict(b.state_dict())
-    x = torch.randn(2, 5, 16, requires_grad=True)
+    x = torch.randn(2, 5, 16, dtype=F64, requires_grad=True)
 
     stream, hidden = x, x
     for layer, fused_norm in zip(layers, norms, strict=True):
