@@ -62,7 +62,7 @@ def sources(*patterns: str) -> list[str]:
 
 def cpu_kernels() -> str:
     """The instruction sets that csrc/cpu has a file for."""
-    x86 = ("avx2", "avx512", "avx512_bf16") if platform.machine() in ("x86_64", "AMD64") else ()
+    x86 = ("avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ()
     names = [name for name in ("baseline", *x86) if sources(f"csrc/cpu/{name}.cpp")]
     return " ".join(names or [platform.machine()])
 
