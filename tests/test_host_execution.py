@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -288,8 +287,9 @@ def test_partials(kernels):
 BARRIER = re.compile(r"(?:__syncthreads|group_barrier)\([^;{}]*\);")
 
 
-def barriers(csrc):
-    """Makes each barrier of the kernels depend on a number; the file and line of each."""
+@pytest.fixture(scope="module")
+def mutants():
+    """Kernels of one data type in which any one barrier can be switched off; and where the barriers are."""
     places = []
 
     def guard(match):
@@ -297,25 +297,19 @@ def barriers(csrc):
         places.append(f"{path.name}:{line}")
         return f"if (lnc_host_mutant != {len(places)}) {match[0]}"
 
-    for path in sorted((csrc / "kernels").glob("*.cuh")):
-        text = path.read_text()
-        changed = BARRIER.sub(guard, text)
-        if changed != text:
-            path.write_text(changed)
-    return places
-
-
-@pytest.fixture(scope="module")
-def mutants(tmp_path_factory):
-    """Kernels of one data type in which any one barrier can be switched off; and where the barriers are."""
-    csrc = tmp_path_factory.mktemp("mutants") / "csrc"
-    shutil.copytree(build.ROOT / "csrc" / "kernels", csrc / "kernels")
-    shutil.copytree(build.ROOT / "csrc" / "cpu", csrc / "cpu")
-    places = barriers(csrc)
-    for path in (csrc / "kernels").glob("*ward_*.cu"):
-        if "f32" not in path.name:
-            path.unlink()
-    return Kernels(build.mutants(csrc), lazy=True), places
+    source, target = build.ROOT / "csrc", build.OUTPUT / "mutants" / "csrc"
+    copied = set()
+    for path in [source / "cpu" / "cpu.h", *sorted((source / "kernels").iterdir())]:
+        if path.suffix == ".cu" and "_" in path.name and "f32" not in path.name:
+            continue
+        text, copy = BARRIER.sub(guard, path.read_text()), target / path.relative_to(source)
+        copied.add(copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists() or copy.read_text() != text:
+            copy.write_text(text)
+    for stale in set((target / "kernels").iterdir()) - copied:
+        stale.unlink()
+    return Kernels(build.mutants(target), lazy=True), places
 
 
 @counted
