@@ -10,6 +10,7 @@ features: no statistics to share, and nothing that differs between training and 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +28,7 @@ from .data import digits
 
 BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 NORMS = {"layer norm": lnc.LayerNorm, "batch norm": nn.BatchNorm1d, "no norm": lambda features: nn.Identity()}
-WIDTH, LAYERS = 96, 4
+WIDTH, LAYERS, LEAST_STEPS = 96, 4, 150
 
 
 def network(norm) -> nn.Sequential:
@@ -39,7 +40,8 @@ def network(norm) -> nn.Sequential:
 
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int, epochs: int) -> None:
-    # The learning rate grows with the root of the batch, so that every size has its chance in the same epochs.
+    # Large batches take more epochs and larger steps, so that every size has its chance.
+    epochs = max(epochs, math.ceil(LEAST_STEPS / (len(x) // batch)))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3 * (batch / 32) ** 0.5, fused=True)
     model.train()
     for _ in range(epochs):
@@ -132,7 +134,8 @@ def main() -> None:
     smallest, largest = min(tried), max(tried)
     accuracies = [r["inference"] for r in layer.values()]
     counts = f"{len(data[0])} digits to train on, {len(data[2])} to test, {LAYERS} hidden layers of {WIDTH}"
-    print(f"{counts}; epochs: {epochs}, seeds: {seeds}.")
+    print(f"{counts};")
+    print(f"  epochs: {epochs}, or what {LEAST_STEPS} steps need; seeds: {seeds}.")
     print(f"Layer norm is right between {100 * min(accuracies):.1f}% and {100 * max(accuracies):.1f}% of the time.")
     for size in refused:
         print(f"Batch size {size}: layer norm {100 * layer[size]['inference']:.1f}%; batch norm cannot train:")

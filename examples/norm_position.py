@@ -102,7 +102,7 @@ def draw(results, output: Path) -> None:
     left.set_xlabel("layers")
     left.set_ylabel("test loss, bits per letter")
     left.set_title(f"After training without warm-up, Adam at {RATE:g}")
-    right.set_yscale("log")
+    right.set_ylim(bottom=0, top=1.1 * max(max(gradients[max(gradients)][0]) for gradients in results.values()))
     right.set_xlabel(f"layer, of {max(depths)}")
     right.set_ylabel("norm of the gradient of its last weight")
     right.set_title("Before the first step")

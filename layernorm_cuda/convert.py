@@ -229,8 +229,9 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
         torch.enable_grad(),
         torch.autocast(probe.device.type, enabled=False),
         torch.random.fork_rng([probe.device] if probe.device.type == "cuda" else []),
-        warnings.catch_warnings(action="ignore"),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")
         try:
             probe.theirs(probe.rows(1.0))
         except Exception as error:
