@@ -17,6 +17,10 @@ struct Kernels {
   void (*backward)(const BackwardParams&, ParallelFor);
 };
 
+// Says that fresh memory is about to be written from end to end: where it is much, the operating system's
+// huge pages save most of what its first touch costs.
+void will_write(void* p, int64_t bytes);
+
 // Fewer elements than this are not worth waking a thread for.
 constexpr int64_t kGrain = 32768;
 
@@ -65,14 +69,15 @@ struct ForwardPlan {
   }
 };
 
-// Backward takes rows in blocks (whose x and dy stay in the second-level cache between the row sums and
-// their use) and blocks in chunks, each with its own sums for the weight and bias gradients.
+// Backward takes rows in chunks, each with its own sums for the weight and bias gradients, and chunks in
+// blocks, whose x and dy stay in cache between the row sums and their use: the first-level cache of one
+// thread, or the second-level caches of those that share rows.
 struct BackwardPlan {
   static constexpr int64_t kMaxBlock = 32;
 
-  int64_t chunks;        // of a row, in columns
-  int64_t block;         // rows
-  int64_t rows_a_chunk;  // a multiple of block
+  int64_t chunks;  // of a row, in columns
+  int64_t block;   // rows
+  int64_t rows_a_chunk;
   int64_t row_chunks;
   bool split_columns;        // too few chunks of rows: threads share rows
   bool direct;               // sums are results already
@@ -84,16 +89,18 @@ struct BackwardPlan {
     BackwardPlan plan;
     const int64_t scalar = size_of(accumulate_type(p.dtype)), row_bytes = size_of(p.dtype) + size_of(p.output_dtype);
     plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
-    plan.block = clamp((128 << 10) / (p.cols * row_bytes + 1), 1, kMaxBlock);
     // 32 rows keep the partial sums' traffic to a few percent, 512 keep rounding errors from growing.
-    plan.rows_a_chunk = ceil_div(clamp(p.rows / 64, 32, 512), plan.block) * plan.block;
+    plan.rows_a_chunk = clamp(p.rows / 64, 32, 512);
     plan.row_chunks = ceil_div(p.rows, plan.rows_a_chunk);
     plan.split_columns = plan.row_chunks < 8;
+    const int64_t cache = plan.split_columns ? 256 << 10 : 16 << 10;
+    plan.block = clamp(cache / (p.cols * row_bytes + 1), 2, kMaxBlock);
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
     plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
+    const bool as_is = plan.direct && p.grad_weight && p.grad_bias;
     plan.workspace =
-        plan.parameters_bytes + plan.sums_bytes + (plan.direct ? 0 : plan.row_chunks * 2 * padded(p.cols) * scalar);
+        plan.parameters_bytes + plan.sums_bytes + (as_is ? 0 : plan.row_chunks * 2 * padded(p.cols) * scalar);
     return plan;
   }
 };

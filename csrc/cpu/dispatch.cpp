@@ -2,6 +2,9 @@
 #include <cstdlib>
 
 #include "common.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace lnc::cpu {
 
@@ -51,6 +54,19 @@ const Kernels& kernels() {
 }
 
 }  // namespace
+
+void will_write(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // What is smaller comes from memory that malloc has kept, and is there already.
+  constexpr int64_t huge = 2 << 20, much = 16 << 20;
+  if (bytes < much) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(p) + huge - 1) / huge * huge;
+  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / huge * huge;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing, it changes nothing
+#else
+  (void)p, (void)bytes;
+#endif
+}
 
 const char* instruction_set() { return kernels().name; }
 

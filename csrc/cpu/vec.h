@@ -252,14 +252,14 @@ LNC_INLINE void store(S* p, V v, Part part) {
 template <class V, class A, class Where>
 LNC_INLINE V get(const A* p, Where where) {
   if constexpr (std::is_same_v<V, Pair>)
-    return read<V>(p);
+    return {read<F>(p), read<F>(p + kLanes<F>)};
   else
     return load<V>(p, where);
 }
 template <class V, class A, class Where>
 LNC_INLINE void put(A* p, V v, Where where) {
   if constexpr (std::is_same_v<V, Pair>)
-    write(p, v);
+    write(p, v.even), write(p + kLanes<F>, v.odd);
   else
     store(p, v, where);
 }
@@ -311,9 +311,9 @@ LNC_INLINE void sweep(int64_t n, const Body& body, std::integer_sequence<int, u.
   for (; i + L <= n; i += L) body(i, Full{}, 0);
   if (i < n) body(i, Part{static_cast<int>(n - i)}, unroll - 1);
 }
-template <class V, class Body>
+template <class V, int unroll = kUnroll<V>, class Body>
 LNC_INLINE void sweep(int64_t n, const Body& body) {
-  sweep<kLanes<V>>(n, body, std::make_integer_sequence<int, kUnroll<V>>{});
+  sweep<kLanes<V>>(n, body, std::make_integer_sequence<int, unroll>{});
 }
 
 template <class Body, int... u>
