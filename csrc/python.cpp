@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_symnode.h>
 
 #include "cpu/cpu.h"
 #include "kernels/plan.h"
@@ -15,9 +16,10 @@ namespace py = pybind11;
 
 namespace lnc {
 
-// normalized_shape as PyTorch's own functions take it: a tuple or list of whatever is an index, but no bool.
+// normalized_shape as PyTorch's own functions take it: a tuple or list of whatever is an index, but no bool; symbolic
+// while a compiler traces.
 struct Shape {
-  c10::SmallVector<int64_t, 4> sizes;
+  c10::SmallVector<c10::SymInt, 4> sizes;
 };
 
 }  // namespace lnc
@@ -30,12 +32,16 @@ struct pybind11::detail::type_caster<lnc::Shape> {
     if (!PyTuple_Check(source.ptr()) && !PyList_Check(source.ptr())) return false;
     for (handle item : reinterpret_borrow<sequence>(source)) {
       if (PyBool_Check(item.ptr())) return false;
+      if (!PyLong_CheckExact(item.ptr()) && torch::is_symint(item)) {
+        value.sizes.push_back(item.cast<c10::SymInt>());
+        continue;
+      }
       auto size = PyNumber_AsSsize_t(item.ptr(), PyExc_OverflowError);
       if (size == -1 && PyErr_Occurred()) {
         PyErr_Clear();
         return false;
       }
-      value.sizes.push_back(size);
+      value.sizes.push_back(c10::SymInt(size));
     }
     return true;
   }
@@ -79,26 +85,27 @@ Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape
                 const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool save_stats,
                 std::optional<ScalarType> dtype) {
   at::AutoDispatchBelowAutograd below_autograd;
-  at::IntArrayRef shape = normalized_shape.sizes;
-  if (is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias))
-    return norm_forward(input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
+  c10::SymIntArrayRef shape(normalized_shape.sizes);
+  auto sizes = c10::asIntArrayRefSlowOpt(shape);
+  if (sizes && is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias))
+    return norm_forward(input, residual, *sizes, weight, bias, eps, rms, save_stats, dtype);
   return dispatch<Outputs(const Tensor&, const OptionalTensor&, c10::SymIntArrayRef, const OptionalTensor&,
                           const OptionalTensor&, double, bool, bool, std::optional<ScalarType>)>(
-      "layernorm_cuda::norm_forward", input, residual, c10::fromIntArrayRefSlow(shape), weight, bias, eps, rms,
-      save_stats, dtype);
+      "layernorm_cuda::norm_forward", input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
 }
 
 Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
                  const Shape& normalized_shape, const OptionalTensor& weight, const Tensor& stats, bool rms,
                  std::array<bool, 3> output_mask, std::optional<ScalarType> bias_dtype) {
   at::AutoDispatchBelowAutograd below_autograd;
-  at::IntArrayRef shape = normalized_shape.sizes;
-  if (is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) && is_plain(stats))
-    return norm_backward(grad_output, grad_sum, input, shape, weight, stats, rms, output_mask, bias_dtype);
+  c10::SymIntArrayRef shape(normalized_shape.sizes);
+  auto sizes = c10::asIntArrayRefSlowOpt(shape);
+  if (sizes && is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) && is_plain(stats))
+    return norm_backward(grad_output, grad_sum, input, *sizes, weight, stats, rms, output_mask, bias_dtype);
   return dispatch<Outputs(const Tensor&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef,
                           const OptionalTensor&, const Tensor&, bool, std::array<bool, 3>, std::optional<ScalarType>)>(
-      "layernorm_cuda::norm_backward", grad_output, grad_sum, input, c10::fromIntArrayRefSlow(shape), weight, stats,
-      rms, output_mask, bias_dtype);
+      "layernorm_cuda::norm_backward", grad_output, grad_sum, input, shape, weight, stats, rms, output_mask,
+      bias_dtype);
 }
 
 #ifndef LAYERNORM_CUDA_TORCH_VERSION
@@ -121,10 +128,10 @@ py::dict build_info() {
 }
 
 py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool backward, int arch, int sm_count) {
-  const DType type = dtype == "float64"    ? DType::f64
-                     : dtype == "float32"  ? DType::f32
-                     : dtype == "float16"  ? DType::f16
-                                           : DType::bf16;
+  const DType type = dtype == "float64"   ? DType::f64
+                     : dtype == "float32" ? DType::f32
+                     : dtype == "float16" ? DType::f16
+                                          : DType::bf16;
   const DeviceTraits device{arch, sm_count};
   const Plan plan = backward ? plan_backward(rows, cols, type, device) : plan_forward(rows, cols, type, device);
   py::dict d;
