@@ -257,13 +257,16 @@ class _Probe:
     def __init__(self, module: nn.Module, shape: tuple[int, ...], names: list[str], device: torch.device):
         self.module, self.shape, self.device = module, shape, device
         random = torch.Generator().manual_seed(0)
-        draw = lambda *size: torch.randn(*size, generator=random, device="cpu").to(device)  # noqa: E731
+
+        def draw(*size: int) -> Tensor:  # whatever the default dtype and device are here
+            return torch.randn(*size, generator=random, dtype=torch.float32, device="cpu").to(device)
+
         self.tensors = {name: draw(*shape) / 4 + 0.75 for name in names}
         self.noise = draw(6, *shape)
 
     def rows(self, eps: float) -> Tensor:
         """Six rows: with means away from 0, some large, and some so small that eps decides."""
-        scale = torch.tensor([1.0, 1.0, 30.0, 2.0, 0.5, 0.1], device=self.device)
+        scale = torch.tensor([1.0, 1.0, 30.0, 2.0, 0.5, 0.1], dtype=torch.float32, device=self.device)
         scale[3:] *= math.sqrt(eps) if eps > 0 else 1e-3
         return (self.noise + 0.5) * scale.reshape(-1, *[1] * len(self.shape))
 

@@ -261,8 +261,14 @@ def test_the_probe_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), random)
     with torch.inference_mode():
         assert lnc.replace_norms(ApexLike(8))[0].replaced
+    other = ApexLike(8)
     with torch.device("meta"):
+        assert lnc.replace_norms(other)[0].replaced
+    torch.set_default_dtype(torch.float16)
+    try:
         assert lnc.replace_norms(ApexLike(8))[0].replaced
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_modules_without_norms():
