@@ -142,14 +142,17 @@ __device__ inline A rescued_rstd(A scaled_variance, A eps, A scale) {
   return v == A(0) ? A(0) : scale * inverse_sqrt(v);
 }
 
-// Parameters wait in registers beside up to 4 packs of a row; beside more they would push it out.
+// Parameters wait in registers beside up to 4 packs of a row; beside more they come in two halves, since whole they
+// would push it out.
+template <int VECS>
+constexpr int kParamPacks = VECS > 4 ? VECS / 2 : VECS;
 template <class T, int VECS>
-using ForwardParam = Params<T, VECS, (VECS <= 4)>;
+using ForwardParam = Params<T, kParamPacks<VECS>, true>;
 
 // y = xhat * weight + bias, written to the output. Leaves nothing of d.
 template <class T, Norm norm, int SIZE, int VECS, class G>
-__device__ inline void finish_row(RowPart<T, norm, SIZE, VECS>& x, const ForwardParam<T, VECS>& weight,
-                                  const ForwardParam<T, VECS>& bias, Accumulate<T> shift, Accumulate<T> rstd,
+__device__ inline void finish_row(RowPart<T, norm, SIZE, VECS>& x, ForwardParam<T, VECS>& weight,
+                                  ForwardParam<T, VECS>& bias, Accumulate<T> shift, Accumulate<T> rstd,
                                   const ForwardArgs& args, int64_t row, int64_t begin, int cols, bool write,
                                   const G& group) {
   using A = Accumulate<T>;
@@ -158,9 +161,11 @@ __device__ inline void finish_row(RowPart<T, norm, SIZE, VECS>& x, const Forward
   const A centre = -shift * rstd;
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
+    constexpr int kept = kParamPacks<VECS>;
+    if (v > 0 && v % kept == 0) weight.load(group, v), bias.load(group, v);
     A w[N], b[N];
-    weight.values(v, w, A(1), group);
-    bias.values(v, b, A(0), group);
+    weight.values(v % kept, w, A(1), group);
+    bias.values(v % kept, b, A(0), group);
 #pragma unroll
     for (int e = 0; e < N; ++e) x.d[v][e] = multiply_add(multiply_add(x.d[v][e], rstd, centre), w[e], b[e]);
   }

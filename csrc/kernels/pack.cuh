@@ -182,7 +182,8 @@ __device__ inline int64_t row_offset(const RowMap& map, int64_t row) {
 // Whether every row of an array begins at a multiple of 16 bytes. Rows of one launch all take the same path.
 inline bool is_aligned(const void* p, const RowMap& map, int64_t rows, int64_t size) {
   auto multiple = [](int64_t bytes) { return bytes % 16 == 0; };
-  return multiple(reinterpret_cast<intptr_t>(p)) && (rows == 1 || map.inner == 1 || multiple(map.inner_stride * size)) &&
+  return multiple(reinterpret_cast<intptr_t>(p)) &&
+         (rows == 1 || map.inner == 1 || multiple(map.inner_stride * size)) &&
          (rows <= map.inner || multiple(map.outer_stride * size));
 }
 
@@ -341,19 +342,22 @@ struct Params {
   const void* first;  // null where there is none
   int cols;
   bool wide;
+  int begin = 0;  // the pack that pack 0 below stands for
   uint4 raw[KEEP ? VECS : 1];
 
-  __device__ Params(const void* p, int64_t begin, int cols, bool wide)
-      : first(!p       ? nullptr
-              : wide ? static_cast<const void*>(static_cast<const A*>(p) + begin)
-                     : static_cast<const void*>(static_cast<const T*>(p) + begin)),
+  __device__ Params(const void* p, int64_t column, int cols, bool wide)
+      : first(!p     ? nullptr
+              : wide ? static_cast<const void*>(static_cast<const A*>(p) + column)
+                     : static_cast<const void*>(static_cast<const T*>(p) + column)),
         cols(cols),
         wide(wide) {}
 
+  // From the row's pack v of the thread on.
   template <class G>
-  __device__ void load(const G& group) {
+  __device__ void load(const G& group, int v = 0) {
+    begin = v * group.size;
     if constexpr (KEEP)
-      if (first && !wide) load_row<true>(raw, static_cast<const T*>(first), cols, true, group);
+      if (first && !wide) load_row<true>(raw, static_cast<const T*>(first) + begin * N, cols - begin * N, true, group);
   }
 
   template <class G>
@@ -362,11 +366,11 @@ struct Params {
 #pragma unroll
       for (int e = 0; e < N; ++e) out[e] = absent;
     } else if (wide) {
-      load_wide<T>(out, static_cast<const A*>(first), v * group.size + group.rank, cols, true);
+      load_wide<T>(out, static_cast<const A*>(first), begin + v * group.size + group.rank, cols, true);
     } else if constexpr (KEEP) {
       unpack<T>(raw[v], out);
     } else {
-      const int i = v * group.size + group.rank;
+      const int i = begin + v * group.size + group.rank;
       const T* row = static_cast<const T*>(first);
       uint4 value = zeros();
       if ((i + 1) * N <= cols)
