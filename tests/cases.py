@@ -94,7 +94,7 @@ def name(value):
     return None
 
 
-# ---- layouts: the same values, otherwise laid out in memory -------------------------------------------------------------
+# ---- layouts: the same values, otherwise laid out in memory ---------------------------------------------------------
 
 
 def _padded(x):

@@ -18,7 +18,7 @@ if BACKEND == "host":
 elif BACKEND == "python":
     sys.modules["layernorm_cuda._C"] = None
 
-import layernorm_cuda  # noqa: E402
+import layernorm_cuda
 
 
 def pytest_report_header():

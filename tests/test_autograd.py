@@ -133,7 +133,9 @@ def test_derivatives_at_extreme_rows():
 
 @pytest.fixture
 def masks(monkeypatch):
-    """The output masks with which the backward operator is called."""
+    """The output masks with which the backward operator is called from Python."""
+    # Plain tensors' backward may never come up to Python: here none is plain.
+    monkeypatch.setattr(_ops, "norm", lambda *args: None, raising=False)
     seen = []
     backward = _ops.norm_backward
 

@@ -131,7 +131,7 @@ def test_inductor():
         torch.testing.assert_close(got, want)
 
 
-# ---- opcheck: schema, autograd registration, fake kernels, AOTDispatch -------------------------------------------------
+# ---- opcheck: schema, autograd registration, fake kernels, AOTDispatch ----------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

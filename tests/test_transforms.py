@@ -129,7 +129,7 @@ def test_vmap(rms, dims):
         return
     shapes = [(3, H), (H,), (H,)]
     args = [
-        torch.randn(s[: d % (len(s) + 1)] + (4,) + s[d % (len(s) + 1) :] if d is not None else s, dtype=F64)
+        torch.randn((*s[: d % (len(s) + 1)], 4, *s[d % (len(s) + 1) :]) if d is not None else s, dtype=F64)
         for s, d in zip(shapes, dims, strict=True)
     ]
     both(rms, lambda f: vmap(f, dims), *args)
