@@ -228,7 +228,7 @@ class Backward {
             sweep<V>(n, [=](int64_t i, auto where, int)
                             LNC_LAMBDA { put(to + i, get<V>(to + i, where) + get<V>(from + i, where), where); });
           }
-        sweep<V>(n, [=](int64_t i, auto where, int) LNC_LAMBDA {
+        sweep<V>(n, [&](int64_t i, auto where, int) LNC_LAMBDA {
           const int64_t j = start + i;
           const V total = get<V>(sums + j, where);
           if (p.param_dtype == p.dtype)
