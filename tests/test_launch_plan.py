@@ -45,7 +45,14 @@ def test_backward_fills_the_device():
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(rows=0), dict(cols=0), dict(direction="sideways"), dict(dtype=torch.int32), dict(arch="volta"), dict(sm_count=0)],
+    [
+        dict(rows=0),
+        dict(cols=0),
+        dict(direction="sideways"),
+        dict(dtype=torch.int32),
+        dict(arch="volta"),
+        dict(sm_count=0),
+    ],
 )
 def test_wrong_arguments_are_named(wrong):
     arguments = dict(rows=4, cols=4, dtype=torch.float32) | wrong
