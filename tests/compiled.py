@@ -24,11 +24,11 @@ ARCHS = tuple(arch.replace(".", "") for arch in PTX_ARCHS)
 STRICT = "-Werror all-warnings -Xcompiler -Wall -Xptxas -warn-spills,-warn-lmem-usage,-Werror"
 
 
-def _tool(name, *more):
+def _tool(name):
     """The program of that name: on PATH, in CUDA_HOME, or as pip installs it."""
     site = Path(sysconfig.get_path("purelib"))
     candidates = [shutil.which(name), Path(os.environ.get("CUDA_HOME", "/nowhere"), "bin", name)]
-    candidates += [*site.glob(f"nvidia/cu*/bin/{name}"), *site.glob(f"triton/backends/nvidia/bin/{name}"), *more]
+    candidates += [*site.glob(f"nvidia/cu*/bin/{name}"), *site.glob(f"triton/backends/nvidia/bin/{name}")]
     return next((str(path) for path in candidates if path and Path(path).exists()), None)
 
 
