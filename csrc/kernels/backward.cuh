@@ -134,8 +134,7 @@ struct ParamGrads {
 template <class T, class D, int VECS, bool KEEP, class G>
 __device__ inline void write_grad_input(const BackwardArgs& args, const Incoming<T, D, VECS>& in,
                                         const Params<T, VECS, KEEP>& weight, Accumulate<T> mean_g,
-                                        Accumulate<T> mean_gx, int64_t row, int64_t begin,
-                                        int cols, const G& group) {
+                                        Accumulate<T> mean_gx, int64_t row, int64_t begin, int cols, const G& group) {
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
   const BackwardParams& p = args.p;
@@ -149,8 +148,7 @@ __device__ inline void write_grad_input(const BackwardArgs& args, const Incoming
     in.values(v, xhat, grad);
     weight.values(v, w, A(1), group);
 #pragma unroll
-    for (int e = 0; e < N; ++e)
-      grad[e] = in.rstd * multiply_add(-xhat[e], mean_gx, multiply(grad[e], w[e]) - mean_g);
+    for (int e = 0; e < N; ++e) grad[e] = in.rstd * multiply_add(-xhat[e], mean_gx, multiply(grad[e], w[e]) - mean_g);
     if (p.grad_sum) {
       unpack<T>(raw[v], xhat);
 #pragma unroll
@@ -249,7 +247,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_rows(const BackwardArgs a
   const int parts = whole ? group.count() : int(blockDim.x) / 32;
   const int part = whole ? group.index : int(threadIdx.x) % 32 < SIZE ? int(threadIdx.x) / 32 : -1;
   A* out = static_cast<A*>(args.partials) + int64_t(blockIdx.x) * cols;
-  if (p.grad_weight) write_partials<T, VECS, true>(out, grads.weight, shared, part, parts, group.rank, group.size, cols);
+  if (p.grad_weight)
+    write_partials<T, VECS, true>(out, grads.weight, shared, part, parts, group.rank, group.size, cols);
   out += int64_t(gridDim.x) * cols;
   if (p.grad_bias) write_partials<T, VECS, true>(out, grads.bias, shared, part, parts, group.rank, group.size, cols);
 }
