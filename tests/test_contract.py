@@ -80,7 +80,7 @@ def test_outlier(outlier, where, device):
 
 
 @pytest.mark.parametrize(
-    "scale, eps", [(1e-30, 0.0), (1e-25, 0.0), (1e-19, 0.0), (1e-10, 0.0), (1e19, 1e-5), (1e30, 1e-5)]
+    "scale, eps", [(1e-30, 0.0), (1e-25, 0.0), (1e-16, 1e-32), (1e-10, 0.0), (1e19, 1e-5), (1e30, 1e-5)]
 )
 @pytest.mark.parametrize("cols", [2, 100, 1000, 4096, 12289])
 @pytest.mark.parametrize("norm_", ["layer", "rms"])
