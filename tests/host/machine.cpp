@@ -241,6 +241,9 @@ void fiber_main() {
 void prepare_thread(Thread& t, uint32_t i) {
   // Tops of stacks a page apart share a cache set: move each by a few lines.
   char* low = stacks + i * stack_bytes;
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(low, stack_bytes);  // frames that the thread before never returned from
+#endif
   t.stack = reinterpret_cast<uintptr_t>(low);
   *reinterpret_cast<uint64_t*>(low) = canary;
   auto* top = reinterpret_cast<void**>(low + stack_bytes - 256 - (i % 31) * 128);
@@ -296,9 +299,6 @@ bool reserve_stacks(size_t count) {
     stacks = p == MAP_FAILED ? nullptr : static_cast<char*>(p);
     stack_count = stacks ? count : 0;
   }
-#ifdef __SANITIZE_ADDRESS__
-  if (stacks) __asan_unpoison_memory_region(stacks, stack_count * stack_bytes);
-#endif
   return stacks != nullptr;
 }
 
