@@ -61,7 +61,7 @@ $(bin)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(torch): | $(bin)/python
-	$(bin)/python -m pip install "$(TORCH)" "setuptools>=77" ninja "pybind11>=3"
+	$(bin)/python -m pip install "$(TORCH)" numpy "setuptools>=77" ninja "pybind11>=3"
 	@touch $@
 
 $(built): $(torch) $(sources)
