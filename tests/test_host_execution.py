@@ -23,7 +23,7 @@ SANITIZED = os.environ.get("LNC_HOST_SANITIZED")
 
 @pytest.fixture(scope="module")
 def kernels():
-    return Kernels(SANITIZED or build.checked())
+    return Kernels(SANITIZED or build.checked(), lazy=True)
 
 
 # ---- right results --------------------------------------------------------------------------------------------------
@@ -346,6 +346,7 @@ def test_removed_barrier_is_found(mutants):
 
 
 @counted
+@pytest.mark.slow
 def test_under_sanitizers():
     """The results of every tier again, under AddressSanitizer and UBSan."""
     library = subprocess.run([build.COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True)
@@ -353,6 +354,17 @@ def test_under_sanitizers():
         pytest.skip(f"{build.COMPILER} has no AddressSanitizer")
     path = str(build.sanitized())
     environment = dict(os.environ, LNC_HOST_SANITIZED=path, LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+        __file__,
+        "-k",
+        "tiers or policies",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]

@@ -34,7 +34,7 @@ INSTRUMENT = [
     "-fno-thread-jumps",
     "-fno-tree-vectorize",
 ]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
 def unsupported():

@@ -152,6 +152,7 @@ class Kernels(Library):
         for name in ("lnc_host_forward", "lnc_host_backward"):
             getattr(self.calls, name).argtypes = [ctypes.c_void_p]
         self.poison = getattr(self.calls, "__asan_poison_memory_region", None)
+        self.unpoison = getattr(self.calls, "__asan_unpoison_memory_region", None)
 
     def inputs(self, case, seed=0):
         """Everything that a forward and a backward read, by its name in the params."""
@@ -182,9 +183,7 @@ class Kernels(Library):
             if array is None:
                 continue
             self.array(name, array.address, array.bytes, "r" if name in read else "w")
-            if self.poison:
-                for address, size in array.surroundings():
-                    self.poison(ctypes.c_void_p(address), ctypes.c_size_t(size))
+            self._around(self.poison, array)
             setattr(params, name, array.address)
             if name in read and hasattr(params, name + "_rows"):
                 setattr(params, name + "_rows", array.map)
@@ -192,7 +191,13 @@ class Kernels(Library):
         params.dtype, params.param_dtype = NUMBER[case.dtype], NUMBER[case.param_dtype]
         params.output_dtype = NUMBER[case.output_dtype]
         self.status = call(ctypes.addressof(params))
+        for array in [*read.values(), *written.values()]:
+            self._around(self.unpoison, array)  # numpy will use that memory again
         return written
+
+    def _around(self, call, array):
+        for address, size in array.surroundings() if call and array else ():
+            call(ctypes.c_void_p(address), ctypes.c_size_t(size))
 
     def forward(self, case, inputs):
         """{"output", "sum", "stats"}: Rows, or None."""
