@@ -13,8 +13,8 @@ class Backward {
 
   // What the columns of a row need to know of it.
   struct Row {
-    const T *x, *next_x;
-    const O *dy, *next_dy;
+    const T* x;
+    const O* dy;
     const T* grad_sum;
     T* dx;
     A pivot, rstd, offset, mean_g, minus_mean_g_xhat;
@@ -32,6 +32,7 @@ class Backward {
   const BackwardParams& p;
   const ParallelFor parallel;
   const BackwardPlan plan = BackwardPlan::of(p);
+  const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = parameter<T>(p, parallel, p.weight, 1, p.workspace);
 
  public:
@@ -94,12 +95,9 @@ class Backward {
 
   Row row_at(int64_t row) const {
     const A* stats = static_cast<const A*>(p.stats);
-    const int64_t next = row + plan.block < p.rows ? row + plan.block : row;
     Row r;
     r.x = row_of<T>(p.input, p.input_rows, row);
     r.dy = row_of<O>(p.grad_output, p.grad_output_rows, row);
-    r.next_x = row_of<T>(p.input, p.input_rows, next);
-    r.next_dy = row_of<O>(p.grad_output, p.grad_output_rows, next);
     r.grad_sum = p.grad_sum ? row_of<T>(p.grad_sum, p.grad_sum_rows, row) : nullptr;
     r.dx = p.grad_input ? static_cast<T*>(p.grad_input) + row * p.cols : nullptr;
     r.pivot = N == Norm::layer ? first_of(r.x) : A(0);
@@ -110,9 +108,8 @@ class Backward {
   }
 
   void set_means(Row& r, const Sums& s) const {
-    const double count = static_cast<double>(p.cols);
-    r.mean_g = static_cast<A>(s.g / count);
-    r.minus_mean_g_xhat = static_cast<A>(-s.g_xhat / count);
+    r.mean_g = static_cast<A>(s.g * inverse_count);
+    r.minus_mean_g_xhat = static_cast<A>(-s.g_xhat * inverse_count);
   }
 
   static LNC_INLINE V normalised(V x, V pivot, V rstd, V offset) {
@@ -173,22 +170,23 @@ class Backward {
       mean_g[r] = set<V>(row[r].mean_g), minus_mean_g_xhat[r] = set<V>(row[r].minus_mean_g_xhat);
     });
     const A* const w = weight;
+    const int64_t ahead = plan.block * p.cols;  // the next block, where rows are adjacent
     A *const weight_sums = to.weight, *const bias_sums = to.bias;
     sweep<V, 2>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
       const int64_t j = begin + i;
       V dw, db;
       if constexpr (Params) dw = get<V>(weight_sums + j, where), db = get<V>(bias_sums + j, where);
       unrolled<R>([&](int r) LNC_LAMBDA {
-        if (starts_line<T>(u)) prefetch(row[r].next_x + j);
-        if (starts_line<O>(u)) prefetch(row[r].next_dy + j);
+        if (starts_line<T>(u)) prefetch(row[r].x, j + ahead);
+        if (starts_line<O>(u)) prefetch(row[r].dy, j + ahead);
         const V xhat = normalised(load<V>(row[r].x + j, where), pivot[r], rstd[r], offset[r]);
         const V dy = load<V>(row[r].dy + j, where);
         if constexpr (Params) dw = fma(dy, xhat, dw), db = db + dy;
         if constexpr (Dx) {
           const V g = dy * get<V>(w + j, where);
           const V projected = fma(minus_mean_g_xhat[r], xhat, N == Norm::layer ? g - mean_g[r] : g);
-          const V dx =
-              row[r].grad_sum ? fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where)) : rstd[r] * projected;
+          V dx = rstd[r] * projected;
+          if (LNC_UNLIKELY(row[r].grad_sum)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));
           store(row[r].dx + j, dx, where);
         }
       });

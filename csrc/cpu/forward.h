@@ -18,6 +18,7 @@ class Forward {
   const ForwardParams& p;
   const ParallelFor parallel;
   const ForwardPlan plan = ForwardPlan::of(p);
+  const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = parameter<T>(p, parallel, p.weight, 1, p.workspace);
   const A* const bias = parameter<T>(p, parallel, p.bias, 0, static_cast<A*>(p.workspace) + padded(p.cols));
 
@@ -42,8 +43,7 @@ class Forward {
       const int64_t last = end - first < plan.group ? end : first + plan.group;
       for (int64_t row = first; row < last; row++)
         terms[row - first] = finish(row, pairwise(0, plan.chunks, [&](int64_t c) { return moments_of(row, c); }));
-      for (int64_t row = first; row < last; row++)
-        normalise(row, 0, p.cols, terms[row - first], row + plan.group < end ? input(row + plan.group) : source(row));
+      for (int64_t row = first; row < last; row++) normalise(row, 0, p.cols, terms[row - first]);
     }
   }
 
@@ -59,7 +59,7 @@ class Forward {
     for_ranges(parallel, p.rows * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / plan.chunks, start = i % plan.chunks * kChunk;
-        normalise(row, start, start + chunk_size(i % plan.chunks), terms[row], source(row) + start);
+        normalise(row, start, start + chunk_size(i % plan.chunks), terms[row]);
       }
     });
   }
@@ -131,9 +131,9 @@ class Forward {
   Terms finish(int64_t row, const Moments& m) const {
     constexpr double largest = sizeof(A) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
     constexpr double tiny = sizeof(A) == 8 ? 1e-240 : 1e-30, scale = sizeof(A) == 8 ? 0x1p500 : 0x1p100;
-    const Terms t = !(m.squares <= largest)              ? rescued(row, 1 / scale)
-                    : m.squares / m.count + p.eps < tiny ? rescued(row, scale)
-                                                         : terms_of(pivot(row), m, 1);
+    const Terms t = !(m.squares <= largest)                    ? rescued(row, 1 / scale)
+                    : m.squares * inverse_count + p.eps < tiny ? rescued(row, scale)
+                                                               : terms_of(pivot(row), m, 1);
     if (p.stats) {
       A* stats = static_cast<A*>(p.stats);
       if (N == Norm::layer) stats[row] = t.shift;
@@ -143,7 +143,7 @@ class Forward {
   }
 
   LNC_INLINE Terms terms_of(A pivot, const Moments& m, double scale) const {
-    const double variance = m.squares / m.count + p.eps * scale * scale;
+    const double variance = m.squares * inverse_count + p.eps * scale * scale;
     const double rstd = variance == 0 ? 0 : scale / root(variance);
     return {pivot, static_cast<A>(m.mean / scale), static_cast<A>(rstd)};
   }
@@ -157,14 +157,15 @@ class Forward {
     return terms_of(about, m, scale);
   }
 
-  // Columns [begin, end) of a row. Meanwhile what comes next is fetched.
-  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const T* next) const {
+  // Columns [begin, end) of a row. Meanwhile the next group is fetched, where rows are adjacent.
+  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t) const {
     const T* x = source(row) + begin;
     O* y = static_cast<O*>(p.output) + row * p.cols + begin;
+    const int64_t ahead = plan.group * p.cols;
     const A *w = weight + begin, *b = bias + begin;
     const V pivot = set<V>(t.pivot), rstd = set<V>(t.rstd), offset = set<V>(-t.shift * t.rstd);
     sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
-      if (starts_line<T>(u)) prefetch(next + i);
+      if (starts_line<T>(u)) prefetch(x, i + ahead);
       const V v = load<V>(x + i, where);
       const V xhat = N == Norm::layer ? fma(v - pivot, rstd, offset) : v * rstd;
       store(y + i, fma(xhat, get<V>(w + i, where), get<V>(b + i, where)), where);

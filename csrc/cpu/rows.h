@@ -13,10 +13,7 @@ LNC_INLINE const T* row_of(const void* base, const RowMap& map, int64_t row) {
 
 template <class V>
 struct Accumulators {
-  V v[kUnroll<V>];
-  LNC_INLINE Accumulators() {
-    for (V& each : v) each = set<V>(0);
-  }
+  V v[kUnroll<V>] = {};
   LNC_INLINE auto total() const {
     if constexpr (kUnroll<V> == 4)
       return sum((v[0] + v[1]) + (v[2] + v[3]));

@@ -7,10 +7,12 @@
 #define LNC_INLINE inline __attribute__((always_inline))
 #define LNC_LAMBDA __attribute__((always_inline))
 #define LNC_NOINLINE __attribute__((noinline))
+#define LNC_UNLIKELY(condition) __builtin_expect(static_cast<bool>(condition), false)
 #else
 #define LNC_INLINE inline
 #define LNC_LAMBDA
 #define LNC_NOINLINE
+#define LNC_UNLIKELY(condition) (condition)
 #endif
 
 namespace lnc::cpu::LNC_ISA {
@@ -268,7 +270,10 @@ LNC_INLINE void put(A* p, V v, Where where) {
 constexpr int32_t kMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
 template <class V>
 LNC_INLINE V keep(V v, int n) {
-  return as<V>(as<I>(v) & read<I>(kMask + 16 - n * (kLanes<F> / kLanes<V>)));
+  if constexpr (kLanes<V> == 1)
+    return n ? v : V(0);
+  else
+    return as<V>(as<I>(v) & read<I>(kMask + 16 - n * (kLanes<F> / kLanes<V>)));
 }
 LNC_INLINE Pair keep(Pair v, int n) { return {keep(v.even, (n + 1) / 2), keep(v.odd, n / 2)}; }
 template <class V>
@@ -288,11 +293,13 @@ LNC_INLINE float first_of(const f16* p) {
   return read<float>(&v);
 }
 
-LNC_INLINE void prefetch(const void* p) {
+// p[i] need not exist.
+template <class T>
+LNC_INLINE void prefetch(const T* p, int64_t i) {
 #ifdef __GNUC__
-  __builtin_prefetch(p);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + i * sizeof(T)));
 #else
-  (void)p;
+  (void)p, (void)i;
 #endif
 }
 // Whether the u-th of several adjacent vectors of T is the first to touch its cache line.
