@@ -141,7 +141,7 @@ def configure() -> Build:
 def _extension(build: Build, found: toolkit.Toolkit | None, runtime: Path | None) -> Extension:
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     libraries = ["c10", "torch_cpu", "torch_python"]
-    cxx = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fopenmp"]
+    cxx = ["-O3", "-ffp-contract=off", "-g0", "-Wall", "-fvisibility=hidden", "-fopenmp"]
     nvcc: list[str] = []
     # at::parallel_for runs on the OpenMP runtime that torch has loaded; -fopenmp here could bring in a second one.
     # clang's calls are not in libgomp, so it has to.
