@@ -238,8 +238,10 @@ def test_partials_are_two_percent_at_most(dtype, multiprocessors):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype, cols", [("f32", 1024), ("f32", 4096), ("f16", 1024), ("bf16", 4096), ("f64", 1024)])
 def test_sectors(dtype, cols, direction):
-    """32-byte sectors that the warps touch, against the fewest that hold what they ask for."""
-    for options, most in (("", 1.0), ("--misalign 1", 1.1)):
+    """32-byte sectors that the warps touch, against the fewest that hold what they ask for. Partials are left out:
+    a thread's 8 floats beside 16-bit data go out in two stores, each to half of every sector."""
+    rows_only = "--no-weight --no-bias" if direction == "backward" else ""
+    for options, most in ((rows_only, 1.0), (f"{rows_only} --misalign 1", 1.1)):
         launch, *_ = Case(8, cols, dtype, direction, options).run()
         for way in ("ld", "st"):
             touched, fewest = launch.count[f"{way}_sectors"], launch.count[f"{way}_ideal"]
