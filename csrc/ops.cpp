@@ -4,6 +4,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
@@ -40,8 +41,8 @@ void* data(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 #ifdef LAYERNORM_CUDA_WITH_CUDA
 void check(cudaError_t status, const char* name) {
-  TORCH_CHECK(status == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(status), " (",
-              cudaGetErrorName(status), "). Run with CUDA_LAUNCH_BLOCKING=1 to see which call it belongs to.");
+  TORCH_CHECK(status == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(status), " (", cudaGetErrorName(status),
+              "). Run with CUDA_LAUNCH_BLOCKING=1 to see which call it belongs to.");
 }
 #endif
 
@@ -271,9 +272,10 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
   check_like_input(p, "grad_output", grad_output, input);
   if (grad_sum) check_like_input(p, "grad_sum", *grad_sum, input);
   ScalarType type = input.scalar_type(), wide = accumulate_type(type);
-  TORCH_CHECK(stats.scalar_type() == wide && stats.numel() == (rms ? 1 : 2) * p.rows && stats.device() == input.device(),
-              p.name, ": stats must be what the forward saved: ", wide, " of shape [", rms ? 1 : 2, ", ", p.rows,
-              "] on ", input.device());
+  TORCH_CHECK(
+      stats.scalar_type() == wide && stats.numel() == (rms ? 1 : 2) * p.rows && stats.device() == input.device(),
+      p.name, ": stats must be what the forward saved: ", wide, " of shape [", rms ? 1 : 2, ", ", p.rows, "] on ",
+      input.device());
   TORCH_CHECK(!output_mask[1] || weight, p.name, ": a gradient of weight was asked for but there is no weight");
   ScalarType output_type = grad_output.scalar_type() == wide ? wide : type;
   auto weight_dtype = weight ? std::optional(weight->scalar_type()) : std::nullopt;
@@ -317,6 +319,42 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
   if (dw.defined()) dw = dw.to(*weight_dtype);
   if (db.defined()) db = db.to(bias_dtype.value_or(wide));
   return {dx, dw, db};
+}
+
+// ---- past the dispatcher --------------------------------------------------------------------------------------
+
+bool is_plain(const Tensor& t) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet transparent{DispatchKey::Dense,         DispatchKey::AutogradFunctionality,
+                                            DispatchKey::AutocastCPU,   DispatchKey::AutocastCUDA,
+                                            DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView};
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  const auto opaque = (t.key_set() | tls.included_) - tls.excluded_ - transparent;
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+  const bool ours = t.is_cpu() || t.is_cuda();
+#else
+  const bool ours = t.is_cpu();
+#endif
+  return (opaque.raw_repr() & ~c10::full_backend_mask) == 0 && ours;
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_norm_backward(const Tensor& grad_output, const OptionalTensor& grad_sum,
+                                                      const Tensor& input, IntArrayRef normalized_shape,
+                                                      const OptionalTensor& weight, const Tensor& stats, bool rms,
+                                                      std::array<bool, 3> output_mask,
+                                                      std::optional<ScalarType> bias_dtype) {
+  const bool below_autograd = c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU);
+  if (below_autograd && is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) &&
+      is_plain(stats))
+    return norm_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype);
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("layernorm_cuda::norm_backward", "")
+          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
+                                                    c10::SymIntArrayRef, const OptionalTensor&, const Tensor&, bool,
+                                                    std::array<bool, 3>, std::optional<ScalarType>)>();
+  return op.call(grad_output, grad_sum, input, c10::fromIntArrayRefSlow(normalized_shape), weight, stats, rms,
+                 output_mask, bias_dtype);
 }
 
 // ---- registration ---------------------------------------------------------------------------------------------

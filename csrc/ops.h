@@ -20,11 +20,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_forward(const at::Tensor& in
                                                             const std::optional<at::Tensor>& residual,
                                                             at::IntArrayRef normalized_shape,
                                                             const std::optional<at::Tensor>& weight,
-                                                            const std::optional<at::Tensor>& bias, double eps,
-                                                            bool rms, bool save_stats,
-                                                            std::optional<at::ScalarType> dtype);
+                                                            const std::optional<at::Tensor>& bias, double eps, bool rms,
+                                                            bool save_stats, std::optional<at::ScalarType> dtype);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_sum, const at::Tensor& input,
+    at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool rms,
+    std::array<bool, 3> output_mask, std::optional<at::ScalarType> bias_dtype);
+
+// Whether a call may go straight to the kernels: a dense tensor of a device we have kernels for, and no mode (fake
+// tensors, functorch, tracing) that would want to see the call in the dispatcher.
+bool is_plain(const at::Tensor& t);
+inline bool is_plain(const std::optional<at::Tensor>& t) { return !t || is_plain(*t); }
+
+// norm_backward, past the dispatcher where that is allowed: below autograd, on plain tensors.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> call_norm_backward(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_sum, const at::Tensor& input,
     at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool rms,
     std::array<bool, 3> output_mask, std::optional<at::ScalarType> bias_dtype);

@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_symnode.h>
 
+#include "autograd.h"
 #include "cpu/cpu.h"
 #include "kernels/plan.h"
 #include "ops.h"
@@ -61,20 +62,7 @@ constexpr bool kWithCuda = true;
 constexpr bool kWithCuda = false;
 #endif
 
-// Whether a call may go straight to the kernels: dense tensors of a device we have kernels for, and no mode (fake
-// tensors, functorch, tracing) that would want to see the call in the dispatcher.
-bool is_plain(const Tensor& t) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet transparent{DispatchKey::Dense,         DispatchKey::AutogradFunctionality,
-                                            DispatchKey::AutocastCPU,   DispatchKey::AutocastCUDA,
-                                            DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView};
-  auto tls = c10::impl::tls_local_dispatch_key_set();
-  auto opaque = (t.key_set() | tls.included_) - tls.excluded_ - transparent;
-  return (opaque.raw_repr() & ~c10::full_backend_mask) == 0 && (t.is_cpu() || (kWithCuda && t.is_cuda()));
-}
-
-bool is_plain(const OptionalTensor& t) { return !t || is_plain(*t); }
-
+// Through the dispatcher, for tensors and sizes that are not plain.
 template <class Function, class... Args>
 Outputs dispatch(const char* name, Args&&... args) {
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
@@ -99,13 +87,26 @@ Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, cons
                  std::array<bool, 3> output_mask, std::optional<ScalarType> bias_dtype) {
   at::AutoDispatchBelowAutograd below_autograd;
   c10::SymIntArrayRef shape(normalized_shape.sizes);
-  auto sizes = c10::asIntArrayRefSlowOpt(shape);
-  if (sizes && is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) && is_plain(stats))
-    return norm_backward(grad_output, grad_sum, input, *sizes, weight, stats, rms, output_mask, bias_dtype);
+  if (auto sizes = c10::asIntArrayRefSlowOpt(shape))
+    return call_norm_backward(grad_output, grad_sum, input, *sizes, weight, stats, rms, output_mask, bias_dtype);
   return dispatch<Outputs(const Tensor&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef,
                           const OptionalTensor&, const Tensor&, bool, std::array<bool, 3>, std::optional<ScalarType>)>(
       "layernorm_cuda::norm_backward", grad_output, grad_sum, input, shape, weight, stats, rms, output_mask,
       bias_dtype);
+}
+
+bool has_tangent(const Tensor& t) { return t._fw_grad(0).defined(); }
+bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
+
+// The whole call for plain tensors: (output, sum), differentiable backwards; None where Python has to take over.
+std::optional<std::pair<Tensor, Tensor>> norm_plain(const Tensor& input, const OptionalTensor& residual,
+                                                    const Shape& normalized_shape, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, double eps, bool rms,
+                                                    std::optional<ScalarType> dtype) {
+  auto opaque = [](const auto& t) { return !is_plain(t) || has_tangent(t); };
+  auto sizes = c10::asIntArrayRefSlowOpt(c10::SymIntArrayRef(normalized_shape.sizes));
+  if (!sizes || opaque(input) || opaque(residual) || opaque(weight) || opaque(bias)) return std::nullopt;
+  return norm(input, residual, *sizes, weight, bias, eps, rms, dtype);
 }
 
 #ifndef LAYERNORM_CUDA_TORCH_VERSION
@@ -153,6 +154,7 @@ py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   m.doc() = "layernorm_cuda's compiled operators";
+  m.def("norm", torch::wrap_pybind_function_no_gil(lnc::norm_plain));
   m.def("norm_forward", torch::wrap_pybind_function_no_gil(lnc::forward));
   m.def("norm_backward", torch::wrap_pybind_function_no_gil(lnc::backward));
   m.def("build_info", lnc::build_info);

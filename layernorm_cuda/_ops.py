@@ -1,7 +1,8 @@
 """The operators: the compiled module, or PyTorch operations in its place where it is missing.
 
 ``norm_forward`` and ``norm_backward`` here skip the dispatcher's argument parsing; ``torch.ops.layernorm_cuda`` has
-the same two for ``torch.compile`` and everything else that works on operators.
+the same two for ``torch.compile`` and everything else that works on operators. ``norm`` is the whole call with its
+derivative in C++ (csrc/autograd.cpp), for plain tensors; it returns None for any others.
 """
 
 import math
@@ -110,8 +111,12 @@ def _python_backward(grad_output, grad_sum, input, normalized_shape, weight, sta
 
 
 if _C is not None:
-    norm_forward, norm_backward = _C.norm_forward, _C.norm_backward
+    norm, norm_forward, norm_backward = _C.norm, _C.norm_forward, _C.norm_backward
 else:
+
+    def norm(*_):
+        """Nothing below Python takes this call."""
+
     library.define(FORWARD_SCHEMA)
     library.define(BACKWARD_SCHEMA)
     library.impl("norm_forward", _python_forward, "CompositeExplicitAutograd")

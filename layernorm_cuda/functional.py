@@ -132,26 +132,21 @@ def add_rms_norm(
 
 
 def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None):
-    """(output, sum): through the Function when a derivative may be asked for, else straight to the operator."""
+    """(output, sum), differentiable: by one call below Python, or by the Function for whatever that does not take."""
     if dtype is None and input.is_cuda and input.dtype in _HALF and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
-    differentiable = (
-        torch.is_grad_enabled()
-        and (
-            input.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        )
-    ) or torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
+        tensors = (input, residual, weight, bias)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         operator = torch.ops.layernorm_cuda.norm_forward
-        outputs = operator(input, residual, normalized_shape, weight, bias, eps, rms, differentiable, dtype)
-    elif differentiable or torch.autograd.forward_ad._current_level >= 0:
-        outputs = apply(NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
-    else:
-        outputs = _ops.norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, False, dtype)
-    return outputs[0], outputs[1]
+        output, total, _ = operator(input, residual, normalized_shape, weight, bias, eps, rms, save, dtype)
+        return output, total
+    # Plain tensors stay below Python for the forward, the backward and what they save.
+    outputs = _ops.norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype)
+    if outputs is None:
+        output, total, _ = apply(NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
+        return output, total
+    return outputs
 
 
 def norm_to(dtype, input, normalized_shape, weight, bias, eps, rms):
