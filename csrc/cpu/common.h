@@ -71,7 +71,7 @@ struct ForwardPlan {
 
 // Backward takes rows in chunks, each with its own sums for the weight and bias gradients, and chunks in
 // blocks, whose x and dy stay in cache between the row sums and their use: the first-level cache of one
-// thread, or the second-level caches of those that share rows.
+// thread, or the last-level cache of those that share rows and meet twice for every block.
 struct BackwardPlan {
   static constexpr int64_t kMaxBlock = 32;
 
@@ -93,7 +93,7 @@ struct BackwardPlan {
     plan.rows_a_chunk = clamp(p.rows / 64, 32, 512);
     plan.row_chunks = ceil_div(p.rows, plan.rows_a_chunk);
     plan.split_columns = plan.row_chunks < 8;
-    const int64_t cache = plan.split_columns ? 256 << 10 : 16 << 10;
+    const int64_t cache = plan.split_columns ? 4 << 20 : 16 << 10;
     plan.block = clamp(cache / (p.cols * row_bytes + 1), 2, kMaxBlock);
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
