@@ -19,7 +19,18 @@ OUTPUT = Path(os.environ.get("LNC_HOST_BUILD", ROOT / "build" / "host"))
 COMPILER = os.environ.get("CXX", "g++")
 MACHINE = [HERE / "machine.cpp", HERE / "memory.cpp"]
 
-COMMON = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", f"-I{HERE / 'include'}", "-DLNC_HOST_EXECUTION"]
+# Unique symbols would be one for all libraries of a process, and shared variables are such.
+COMMON = [
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wextra",
+    f"-I{HERE / 'include'}",
+    "-DLNC_HOST_EXECUTION",
+]
 # Contraction is off so that a sum's bits are what the source says, whatever path the compiler took.
 KERNEL = ["-x", "c++", "-ffp-contract=off"]
 # Pragmas are nvcc's; a half is copied with memcpy; {} for the rest of a structure is meant.
