@@ -379,7 +379,13 @@ class RMSNormFunction(NormFunction):
         return apply(NormFunction, input, None, normalized_shape, weight, None, eps, True, True, None)[0]
 
 
-for _name, _function in {"norm_forward": NormFunction, "norm_backward": NormBackwardFunction}.items():
-    torch.library.register_autograd(
-        f"layernorm_cuda::{_name}", _function.backward, setup_context=_function.setup_context, lib=_ops.library
-    )
+def _differentiable_norm_backward(*args):
+    outputs = apply(NormBackwardFunction, *args)
+    return tuple(args[2].new_empty(0) if t is None else t for t in outputs)
+
+
+torch.library.register_autograd(
+    "layernorm_cuda::norm_forward", NormFunction.backward, setup_context=NormFunction.setup_context, lib=_ops.library
+)
+# register_autograd knows no jvp, which forward over reverse needs here.
+_ops.library.impl("norm_backward", _differentiable_norm_backward, "Autograd")
