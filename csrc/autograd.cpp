@@ -3,7 +3,10 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/accumulate.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/version.h>
 
 #include "ops.h"
 
@@ -12,65 +15,126 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using NodePtr = decltype(torch::autograd::Edge::function);
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
-// What backward needs besides tensors, as one list of integers: these, then normalized_shape.
-enum Fact { kRms, kResidual, kWeight, kBias, kBiasDtype, kSaved, kFacts };
-
-struct NormNode : torch::autograd::Function<NormNode> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& residual,
-                               const OptionalTensor& weight, const OptionalTensor& bias, at::IntArrayRef shape,
-                               double eps, bool rms, std::optional<at::ScalarType> dtype, bool save) {
-    at::AutoDispatchBelowAutograd below_autograd;
-    auto [output, sum, stats] = norm_forward(input, residual, shape, weight, bias, eps, rms, save, dtype);
-    // The gradient of bias alone needs nothing but the upstream gradient.
-    if (save) ctx->save_for_backward({residual ? sum : input, weight ? *weight : Tensor(), stats});
-    std::vector<int64_t> facts = {rms,
-                                  residual.has_value(),
-                                  weight.has_value(),
-                                  bias.has_value(),
-                                  bias ? static_cast<int64_t>(bias->scalar_type()) : 0,
-                                  save};
-    facts.insert(facts.end(), shape.begin(), shape.end());
-    ctx->saved_data[""] = std::move(facts);
-    ctx->set_materialize_grads(false);
-    return residual ? variable_list{output, sum} : variable_list{output};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto facts = ctx->saved_data[""].toIntVector();
-    const at::IntArrayRef shape(facts.data() + kFacts, facts.size() - kFacts);
-    size_t edge = 0;
-    auto wanted = [&](bool present) { return present && ctx->needs_input_grad(edge++); };
-    const bool for_input = wanted(true), for_residual = wanted(facts[kResidual]), for_weight = wanted(facts[kWeight]),
-               for_bias = wanted(facts[kBias]);
-    const Tensor& grad_output = grads[0];
-    const Tensor grad_sum = facts[kResidual] ? grads[1] : Tensor();
-    Tensor dx, dw, db;
-    if (!grad_output.defined()) {
-      dx = grad_sum;
-    } else if (!facts[kSaved]) {
-      const Tensor wide = grad_output.to(grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-      db = wide.reshape({-1, c10::multiply_integers(shape)}).sum(0).reshape(shape);
-    } else {
-      const variable_list saved = ctx->get_saved_variables();
-      const std::array<bool, 3> mask = {for_input || for_residual, for_weight, for_bias};
-      const auto bias_dtype = for_bias ? std::optional(static_cast<at::ScalarType>(facts[kBiasDtype])) : std::nullopt;
-      // With create_graph the operator's own derivative, registered in functions.py, is wanted too.
-      std::optional<at::AutoDispatchBelowAutograd> below_autograd;
-      if (!at::GradMode::is_enabled()) below_autograd.emplace();
-      std::tie(dx, dw, db) = call_norm_backward(grad_output, optional(grad_sum), saved[0], shape, optional(saved[1]),
-                                                saved[2], facts[kRms], mask, bias_dtype);
-    }
-    auto only = [](bool asked, const Tensor& t) { return asked ? t : Tensor(); };
-    return {only(for_input, dx), only(for_residual, dx), only(for_weight, dw), only(for_bias, db), {}, {}, {}, {}, {}};
-  }
+// What backward knows besides tensors.
+struct Facts {
+  std::vector<int64_t> shape;
+  bool rms, has_residual, saved;
+  std::optional<at::ScalarType> bias_dtype;
 };
+
+// Of input, residual, weight and bias, as far as they are wanted. x: the input, or its sum with the residual.
+variable_list gradients(const variable_list& grads, const Tensor& x, const Tensor& weight, const Tensor& stats,
+                        const Facts& facts, const std::array<bool, 4>& wanted) {
+  const auto [for_input, for_residual, for_weight, for_bias] = wanted;
+  const Tensor& grad_output = grads[0];
+  const Tensor grad_sum = facts.has_residual ? grads[1] : Tensor();
+  Tensor dx, dw, db;
+  if (!grad_output.defined()) {
+    dx = grad_sum;
+  } else if (!facts.saved) {
+    const Tensor wide = grad_output.to(grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    db = wide.reshape({-1, c10::multiply_integers(facts.shape)}).sum(0).reshape(facts.shape);
+  } else {
+    // With create_graph the operator's own derivative, registered in functions.py, is wanted too.
+    std::optional<at::AutoDispatchBelowAutograd> below_autograd;
+    if (!at::GradMode::is_enabled()) below_autograd.emplace();
+    std::tie(dx, dw, db) = call_norm_backward(grad_output, optional(grad_sum), x, facts.shape, optional(weight), stats,
+                                              facts.rms, {for_input || for_residual, for_weight, for_bias},
+                                              for_bias ? facts.bias_dtype : std::nullopt);
+  }
+  auto only = [](bool asked, const Tensor& t) { return asked ? t : Tensor(); };
+  return {only(for_input, dx), only(for_residual, dx), only(for_weight, dw), only(for_bias, db)};
+}
+
+// A node of the graph of its own, rather than torch::autograd::Function's: its containers and checks cost more than the
+// kernel does on a short row.
+struct NormBackward : Node {
+  SavedVariable x, weight, stats;
+  Facts facts;
+
+  std::string name() const override { return "NormBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!facts.saved || !grads[0].defined()) return gradients(grads, {}, {}, {}, facts, wanted());
+    return gradients(grads, x.unpack(getptr()), weight.unpack(), stats.unpack(), facts, wanted());
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* t : {&x, &weight, &stats}) t->reset_data();
+  }
+
+  std::array<bool, 4> wanted() const {
+    return {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
+            task_should_compute_output(3)};
+  }
+
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
+  // Compiled autograd calls gradients() with tensors that stand for the saved ones.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(x, facts.has_residual);
+    args.collect(weight, false);
+    args.collect(stats, false);
+    args.collect(facts.shape);
+    args.collect(facts.bias_dtype);
+    for (bool fact : {facts.rms, facts.has_residual, facts.saved}) args.collect(fact);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    using namespace torch::dynamo::autograd;
+    for (SavedVariable* t : {&x, &weight, &stats}) saved.before(*t);
+    PackedArgs args;
+    args.pack(facts.saved ? x.unpack(getptr()) : Tensor());
+    args.pack(weight.unpack());
+    args.pack(stats.unpack());
+    args.pack(facts.shape);
+    for (bool fact : {facts.rms, facts.has_residual, facts.saved}) args.pack(fact);
+    args.pack(facts.bias_dtype);
+    for (bool asked : wanted()) args.pack(asked);
+    for (SavedVariable* t : {&x, &weight, &stats}) saved.after(*t);
+    std::vector<at::TypePtr> schema;
+    for (const auto& arg : args.vec()) schema.push_back(arg.isTensor() ? at::TensorType::get() : arg.type());
+    const auto& interface = getPyCompilerInterface();
+    const auto function =
+        interface->bind_function(saved.get_py_compiler(), name(), &packed_gradients, schema, true, false);
+    return interface->call_function(saved.get_py_compiler(), "apply_functional", function, grads, args.vec(),
+                                    IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+                                        get_input_metadata(next_edges())));
+  }
+
+  static variable_list packed_gradients(const variable_list& grads, const std::vector<at::IValue>& packed) {
+    torch::dynamo::autograd::PackedArgs args(packed);
+    const auto x = args.unpack<Tensor>(), weight = args.unpack<Tensor>(), stats = args.unpack<Tensor>();
+    Facts facts;
+    facts.shape = args.unpack<std::vector<int64_t>>();
+    for (bool* fact : {&facts.rms, &facts.has_residual, &facts.saved}) *fact = args.unpack<bool>();
+    facts.bias_dtype = args.unpack<std::optional<at::ScalarType>>();
+    std::array<bool, 4> wanted;
+    for (bool& asked : wanted) asked = args.unpack<bool>();
+    return gradients(grads, x, weight, stats, facts, wanted);
+  }
+#endif
+};
+
+// Nodes count their references themselves in newer versions of PyTorch.
+template <class N>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, N>)
+    return c10::make_intrusive<N>();
+  else
+    return std::shared_ptr<N>(new N, [](N* node) { deleteNode(node); });
+}
 
 }  // namespace
 
@@ -78,13 +142,28 @@ std::pair<Tensor, Tensor> norm(const Tensor& input, const OptionalTensor& residu
                                const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
                                std::optional<at::ScalarType> dtype) {
   const bool save = input.requires_grad() || requires_grad(residual) || requires_grad(weight);
-  if (at::GradMode::is_enabled() && (save || requires_grad(bias))) {
-    variable_list out = NormNode::apply(input, residual, weight, bias, normalized_shape, eps, rms, dtype, save);
-    return {out[0], residual ? out[1] : Tensor()};
+  const bool differentiable = at::GradMode::is_enabled() && (save || requires_grad(bias));
+  std::tuple<Tensor, Tensor, Tensor> outputs;
+  {
+    at::AutoDispatchBelowAutograd below_autograd;
+    outputs = norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, differentiable && save, dtype);
   }
-  at::AutoDispatchBelowAutograd below_autograd;
-  auto [output, sum, stats] = norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, false, dtype);
-  return {output, sum};
+  auto& [output, sum, stats] = outputs;
+  if (differentiable) {
+    auto node = make_node<NormBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(input, residual, weight, bias));
+    node->facts = {normalized_shape.vec(), rms, residual.has_value(), save,
+                   bias ? std::optional(bias->scalar_type()) : std::nullopt};
+    const NodePtr history = node;
+    torch::autograd::set_history(output, history);
+    if (residual) torch::autograd::set_history(sum, history);
+    if (save) {  // the gradient of bias alone needs nothing but the upstream gradient
+      node->x = residual ? SavedVariable(sum, true) : SavedVariable(input, false);
+      node->weight = SavedVariable(weight, false);
+      node->stats = SavedVariable(stats, false);
+    }
+  }
+  return {std::move(output), std::move(sum)};
 }
 
 }  // namespace lnc

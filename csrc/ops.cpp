@@ -2,6 +2,7 @@
 // arguments that are right; whatever is wrong with them is said before anything is allocated or written.
 #include "ops.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -33,45 +34,60 @@ void parallel_for(int64_t count, int64_t grain, cpu::Task task, void* context) {
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { task(context, begin, end); });
 }
 
-Tensor workspace(const Tensor& like, int64_t bytes) {
-  return bytes == 0 ? Tensor() : at::empty({bytes}, like.options().dtype(at::kByte));
-}
-
 void* data(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
-#ifdef LAYERNORM_CUDA_WITH_CUDA
-void check(cudaError_t status, const char* name) {
-  TORCH_CHECK(status == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(status), " (", cudaGetErrorName(status),
-              "). Run with CUDA_LAUNCH_BLOCKING=1 to see which call it belongs to.");
+// What at::empty gives, on the CPU without the dispatcher: a call with three results spends more there than in the
+// kernel if its rows are few.
+Tensor empty(IntArrayRef sizes, const Tensor& like, ScalarType dtype) {
+  if (like.is_cpu()) return at::detail::empty_cpu(sizes, dtype);
+  return at::empty(sizes, like.options().dtype(dtype));
 }
-#endif
 
-void run(ForwardParams& p, const Tensor& input, const char* name) {
+// What t.to(dtype) gives; the dispatcher is asked only where there is something to do.
+Tensor as(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+
+// The backends' functions, by the kind of problem.
+template <class Params>
+struct Kernels;
+template <>
+struct Kernels<ForwardParams> {
+  static constexpr auto cpu_workspace = &cpu::forward_workspace;
+  static constexpr auto cpu = &cpu::forward;
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+  static constexpr auto cuda_workspace = &cuda::forward_workspace;
+  static constexpr auto cuda = &cuda::forward;
+#endif
+};
+template <>
+struct Kernels<BackwardParams> {
+  static constexpr auto cpu_workspace = &cpu::backward_workspace;
+  static constexpr auto cpu = &cpu::backward;
+#ifdef LAYERNORM_CUDA_WITH_CUDA
+  static constexpr auto cuda_workspace = &cuda::backward_workspace;
+  static constexpr auto cuda = &cuda::backward;
+#endif
+};
+
+template <class Params>
+void run(Params& p, const Tensor& input, const char* name) {
+  Tensor workspace;
+  auto allocate = [&](int64_t bytes) {
+    if (bytes == 0) return;
+    workspace = empty({bytes}, input, ScalarType::Byte);
+    p.workspace = workspace.data_ptr();
+  };
 #ifdef LAYERNORM_CUDA_WITH_CUDA
   if (input.is_cuda()) {
     const auto& device = cuda::current_device_traits();
-    Tensor scratch = workspace(input, cuda::forward_workspace(p, device));
-    p.workspace = data(scratch);
-    return check(cuda::forward(p, device, c10::cuda::getCurrentCUDAStream()), name);
+    allocate(Kernels<Params>::cuda_workspace(p, device));
+    const cudaError_t status = Kernels<Params>::cuda(p, device, c10::cuda::getCurrentCUDAStream());
+    TORCH_CHECK(status == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(status), " (",
+                cudaGetErrorName(status), "). Run with CUDA_LAUNCH_BLOCKING=1 to see which call it belongs to.");
+    return;
   }
 #endif
-  Tensor scratch = workspace(input, cpu::forward_workspace(p));
-  p.workspace = data(scratch);
-  cpu::forward(p, parallel_for);
-}
-
-void run(BackwardParams& p, const Tensor& input, const char* name) {
-#ifdef LAYERNORM_CUDA_WITH_CUDA
-  if (input.is_cuda()) {
-    const auto& device = cuda::current_device_traits();
-    Tensor scratch = workspace(input, cuda::backward_workspace(p, device));
-    p.workspace = data(scratch);
-    return check(cuda::backward(p, device, c10::cuda::getCurrentCUDAStream()), name);
-  }
-#endif
-  Tensor scratch = workspace(input, cpu::backward_workspace(p));
-  p.workspace = data(scratch);
-  cpu::backward(p, parallel_for);
+  allocate(Kernels<Params>::cpu_workspace(p));
+  Kernels<Params>::cpu(p, parallel_for);
 }
 
 // The tensor's own device is the current one while its kernels are launched.
@@ -201,7 +217,7 @@ Rows rows_of(const Tensor& t, const Problem& p) {
 
 // Weight or bias as the kernels read it.
 Tensor param_as(const Tensor& t, ScalarType dtype) {
-  Tensor p = t.to(dtype).contiguous();
+  Tensor p = as(t, dtype).contiguous();
   return reinterpret_cast<uintptr_t>(p.data_ptr()) % 16 == 0 ? p : p.clone();
 }
 
@@ -222,8 +238,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& input_, const Opti
     TORCH_CHECK_NOT_IMPLEMENTED(is_supported(residual_->scalar_type()), p.name, ": not implemented for '",
                                 toString(residual_->scalar_type()), "'");
     auto wider = c10::promoteTypes(input.scalar_type(), residual_->scalar_type());
-    input = input.to(wider);
-    residual = residual_->to(wider);
+    input = as(input, wider);
+    residual = as(*residual_, wider);
   }
   ScalarType type = input.scalar_type(), wide = accumulate_type(type), output_type = dtype.value_or(type);
   TORCH_CHECK(output_type == type || output_type == wide, p.name, ": output dtype ", output_type, " for input of ",
@@ -235,10 +251,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& input_, const Opti
   Rows x = rows_of(input, p), r;
   if (residual.defined()) r = rows_of(residual, p);
   Tensor w = weight ? param_as(*weight, params) : Tensor(), b = bias ? param_as(*bias, params) : Tensor();
-  auto options = input.options();
-  Tensor output = at::empty(input.sizes(), options.dtype(output_type)), sum, stats;
-  if (residual.defined()) sum = at::empty(input.sizes(), options);
-  if (save_stats) stats = at::empty({rms ? 1 : 2, p.rows}, options.dtype(wide));
+  Tensor output = empty(input.sizes(), input, output_type), sum, stats;
+  if (residual.defined()) sum = empty(input.sizes(), input, type);
+  if (save_stats) stats = empty({rms ? 1 : 2, p.rows}, input, wide);
   if (output.numel() == 0) return {output, sum, stats};
 
   ForwardParams params_{};
@@ -282,20 +297,17 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
   ScalarType params = param_type(type, output_type, weight_dtype, output_mask[2] ? bias_dtype : std::nullopt);
 
   DeviceGuard guard(input);
-  Rows x = rows_of(input, p), dy = rows_of(grad_output.to(output_type), p), ds;
-  if (grad_sum && output_mask[0]) ds = rows_of(grad_sum->to(type), p);
+  Rows x = rows_of(input, p), dy = rows_of(as(grad_output, output_type), p), ds;
+  if (grad_sum && output_mask[0]) ds = rows_of(as(*grad_sum, type), p);
   Tensor w = weight ? param_as(*weight, params) : Tensor(), saved = stats.contiguous();
-  auto options = input.options();
   Tensor dx, dw, db;
-  if (output_mask[0]) dx = at::empty(input.sizes(), options);
-  bool empty = input.numel() == 0;
-  auto make_param_grad = [&] {
-    return empty ? at::zeros(normalized_shape, options.dtype(params))
-                 : at::empty(normalized_shape, options.dtype(params));
-  };
-  if (output_mask[1]) dw = make_param_grad();
-  if (output_mask[2]) db = make_param_grad();
-  if (!empty && (output_mask[0] || output_mask[1] || output_mask[2])) {
+  if (output_mask[0]) dx = empty(input.sizes(), input, type);
+  if (output_mask[1]) dw = empty(normalized_shape, input, params);
+  if (output_mask[2]) db = empty(normalized_shape, input, params);
+  if (input.numel() == 0) {
+    if (dw.defined()) dw.zero_();
+    if (db.defined()) db.zero_();
+  } else if (output_mask[0] || output_mask[1] || output_mask[2]) {
     BackwardParams params_{};
     params_.grad_output = data(dy.tensor);
     params_.grad_sum = data(ds.tensor);
@@ -316,8 +328,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
     params_.norm = rms ? Norm::rms : Norm::layer;
     run(params_, input, p.name);
   }
-  if (dw.defined()) dw = dw.to(*weight_dtype);
-  if (db.defined()) db = db.to(bias_dtype.value_or(wide));
+  if (dw.defined()) dw = as(dw, weight->scalar_type());
+  if (db.defined()) db = as(db, bias_dtype.value_or(wide));
   return {dx, dw, db};
 }
 
@@ -329,7 +341,7 @@ bool is_plain(const Tensor& t) {
                                             DispatchKey::AutocastCPU,   DispatchKey::AutocastCUDA,
                                             DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView};
   const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const auto opaque = (t.key_set() | tls.included_) - tls.excluded_ - transparent;
+  auto opaque = (t.key_set() | tls.included_) - tls.excluded_ - transparent;
 #ifdef LAYERNORM_CUDA_WITH_CUDA
   const bool ours = t.is_cpu() || t.is_cuda();
 #else
@@ -364,7 +376,7 @@ namespace {
 // The dispatcher's operators return a tensor for every output: of no elements where nothing was asked for.
 std::tuple<Tensor, Tensor, Tensor> defined(std::tuple<Tensor, Tensor, Tensor> outputs, const Tensor& like) {
   auto fill = [&](Tensor& t) {
-    if (!t.defined()) t = at::empty({0}, like.options());
+    if (!t.defined()) t = empty({0}, like, like.scalar_type());
   };
   std::apply([&](auto&... t) { (fill(t), ...); }, outputs);
   return outputs;

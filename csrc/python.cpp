@@ -1,11 +1,17 @@
-// pybind11: the operators without the dispatcher's argument parsing, and what was built.
+// The operators without the dispatcher's argument parsing, and what was built.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
 #include <torch/csrc/utils/python_symnode.h>
 
 #include "autograd.h"
@@ -95,19 +101,75 @@ Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, cons
       bias_dtype);
 }
 
-bool has_tangent(const Tensor& t) { return t._fw_grad(0).defined(); }
-bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
+// ---- norm, for plain tensors ------------------------------------------------------------------------------------
 
-// The whole call for plain tensors: (output, sum), differentiable backwards; None where Python has to take over.
-std::optional<std::pair<Tensor, Tensor>> norm_plain(const Tensor& input, const OptionalTensor& residual,
-                                                    const Shape& normalized_shape, const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, double eps, bool rms,
-                                                    std::optional<ScalarType> dtype) {
-  auto opaque = [](const auto& t) { return !is_plain(t) || has_tangent(t); };
-  auto sizes = c10::asIntArrayRefSlowOpt(c10::SymIntArrayRef(normalized_shape.sizes));
-  if (!sizes || opaque(input) || opaque(residual) || opaque(weight) || opaque(bias)) return std::nullopt;
-  return norm(input, residual, *sizes, weight, bias, eps, rms, dtype);
+// Neither a subclass nor anything else that might have a __torch_function__; no tangent of forward mode.
+bool is_plain_object(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;
+  const Tensor& t = THPVariable_Unpack(object);
+  return is_plain(t) && !t._fw_grad(0).defined();
 }
+
+// Autocast gives normalisations of 16-bit CUDA tensors a float32 result; functional.py knows.
+bool is_autocast(const Tensor& t) {
+  return t.is_cuda() && t.element_size() == 2 && at::autocast::is_autocast_enabled(at::kCUDA);
+}
+
+std::optional<c10::SmallVector<int64_t, 4>> plain_sizes(PyObject* object) {
+  if (!PyTuple_Check(object) && !PyList_Check(object)) return std::nullopt;
+  c10::SmallVector<int64_t, 4> sizes;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++) {
+    PyObject* item = PySequence_Fast_GET_ITEM(object, i);
+    if (!PyLong_CheckExact(item)) return std::nullopt;
+    sizes.push_back(PyLong_AsLongLong(item));
+    if (sizes.back() == -1 && PyErr_Occurred()) throw python_error();
+  }
+  return sizes;
+}
+
+// The number, or for None, which rms_norm knows, the machine epsilon of the type that is computed in.
+std::optional<double> plain_eps(PyObject* eps, bool rms, const Tensor& input, const OptionalTensor& residual) {
+  if (PyFloat_Check(eps)) return PyFloat_AS_DOUBLE(eps);
+  if (PyLong_CheckExact(eps)) return THPUtils_unpackDouble(eps);
+  if (eps != Py_None || !rms) return std::nullopt;
+  const bool wide = input.scalar_type() == at::kDouble || (residual && residual->scalar_type() == at::kDouble);
+  return wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+}
+
+// norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype): the output, with a residual (output, sum),
+// differentiable backwards; None where an argument is not plain, be it right or wrong, and Python has to take over.
+// Without pybind11, whose part of a call is longer than the kernel's on a short row.
+PyObject* norm_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 8, "norm: expected 8 arguments, got ", count);
+  auto is_plain_or_none = [](PyObject* object) { return object == Py_None || is_plain_object(object); };
+  if (at::impl::torch_function_mode_enabled() || !is_plain_object(args[0]) || !is_plain_or_none(args[1]) ||
+      !is_plain_or_none(args[3]) || !is_plain_or_none(args[4]))
+    Py_RETURN_NONE;
+  auto optional = [](PyObject* object) {
+    return object == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(object));
+  };
+  const Tensor& input = THPVariable_Unpack(args[0]);
+  const OptionalTensor residual = optional(args[1]), weight = optional(args[3]), bias = optional(args[4]);
+  const bool rms = args[6] == Py_True;
+  const auto shape = plain_sizes(args[2]);
+  const auto eps = plain_eps(args[5], rms, input, residual);
+  std::optional<ScalarType> dtype;
+  if (args[7] != Py_None) dtype = reinterpret_cast<THPDtype*>(args[7])->scalar_type;
+  if (!shape || !eps || (!dtype && is_autocast(input))) Py_RETURN_NONE;
+  auto [output, sum] = [&] {
+    py::gil_scoped_release no_gil;
+    return norm(input, residual, *shape, weight, bias, *eps, rms, dtype);
+  }();
+  THPObjectPtr first(THPVariable_Wrap(std::move(output)));
+  if (!sum.defined()) return first.release();
+  THPObjectPtr second(THPVariable_Wrap(std::move(sum)));
+  return PyTuple_Pack(2, first.get(), second.get());
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef kNorm[] = {
+    {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&norm_plain)), METH_FASTCALL, nullptr}, {}};
 
 #ifndef LAYERNORM_CUDA_TORCH_VERSION
 #define LAYERNORM_CUDA_TORCH_VERSION "unknown"
@@ -154,7 +216,7 @@ py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   m.doc() = "layernorm_cuda's compiled operators";
-  m.def("norm", torch::wrap_pybind_function_no_gil(lnc::norm_plain));
+  if (PyModule_AddFunctions(m.ptr(), lnc::kNorm) < 0) throw py::error_already_set();
   m.def("norm_forward", torch::wrap_pybind_function_no_gil(lnc::forward));
   m.def("norm_backward", torch::wrap_pybind_function_no_gil(lnc::backward));
   m.def("build_info", lnc::build_info);

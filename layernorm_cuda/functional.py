@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _extension, _ops
@@ -43,6 +44,9 @@ def layer_norm(
         NotImplementedError: a dtype that is not one of the four.
         TypeError: an argument of the wrong type.
     """
+    output = None if is_compiling() else _ops.norm(input, None, normalized_shape, weight, bias, eps, False, None)
+    if output is not None:
+        return output
     if has_torch_function_variadic(input, weight, bias):
         arguments = dict(weight=weight, bias=bias, eps=eps)
         return handle_torch_function(layer_norm, (input, weight, bias), input, normalized_shape, **arguments)
@@ -64,6 +68,9 @@ def rms_norm(
     result and errors are those of :func:`layer_norm`; ``eps=None`` is the machine epsilon of the dtype computed in:
     float64's for float64, float32's for all others, as in PyTorch.
     """
+    output = None if is_compiling() else _ops.norm(input, None, normalized_shape, weight, None, eps, True, None)
+    if output is not None:
+        return output
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
@@ -88,6 +95,13 @@ def add_layer_norm(
     ``residual`` has the shape of ``input``; where their dtypes differ, both take the wider one, as in an addition.
     The other arguments and the errors are those of :func:`layer_norm`.
     """
+    outputs = (
+        None
+        if residual is None or is_compiling()
+        else _ops.norm(input, residual, normalized_shape, weight, bias, eps, False, None)
+    )
+    if outputs is not None:
+        return outputs
     if has_torch_function_variadic(input, residual, weight, bias):
         tensors = (input, residual, weight, bias)
         arguments = dict(weight=weight, bias=bias, eps=eps)
@@ -115,6 +129,13 @@ def add_rms_norm(
 
     Arguments are those of :func:`add_layer_norm` and :func:`rms_norm`.
     """
+    outputs = (
+        None
+        if residual is None or is_compiling()
+        else _ops.norm(input, residual, normalized_shape, weight, None, eps, True, None)
+    )
+    if outputs is not None:
+        return outputs
     if has_torch_function_variadic(input, residual, weight):
         tensors = (input, residual, weight)
         return handle_torch_function(add_rms_norm, tensors, input, residual, normalized_shape, weight=weight, eps=eps)
@@ -132,21 +153,20 @@ def add_rms_norm(
 
 
 def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None):
-    """(output, sum), differentiable: by one call below Python, or by the Function for whatever that does not take."""
+    """(output, sum), differentiable: what `_ops.norm`, tried first, has not taken as it was."""
     if dtype is None and input.is_cuda and input.dtype in _HALF and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
-    if torch.compiler.is_compiling():
+    if is_compiling():
         tensors = (input, residual, weight, bias)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         operator = torch.ops.layernorm_cuda.norm_forward
         output, total, _ = operator(input, residual, normalized_shape, weight, bias, eps, rms, save, dtype)
         return output, total
-    # Plain tensors stay below Python for the forward, the backward and what they save.
     outputs = _ops.norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype)
-    if outputs is None:
-        output, total, _ = apply(NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
-        return output, total
-    return outputs
+    if outputs is not None:
+        return outputs if residual is not None else (outputs, None)
+    output, total, _ = apply(NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
+    return output, total
 
 
 def norm_to(dtype, input, normalized_shape, weight, bias, eps, rms):
