@@ -114,6 +114,22 @@ def conversions():
 
 
 @check
+def nan_of_every_payload():
+    """A float32 NaN stays one where it ends in a 16-bit result, whatever its bits."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FFF8000, 0x7FC00000], dtype=torch.int32)
+    nan = torch.zeros(64)
+    nan[3 : 3 + len(bits)] = bits.view(F32)
+    for dtype in (F16, BF16):
+        x = torch.randn(3, 64).to(dtype)
+        assert layer_norm(x, torch.ones(64), nan).isnan().equal(nan.isnan().expand(3, 64))
+        assert layer_norm(x, nan).isnan().equal(nan.isnan().expand(3, 64))
+        stats = _ops.norm_forward(x, None, (64,), None, None, 1e-5, False, True, None)[2]
+        dy = torch.stack([torch.ones(64), nan, torch.ones(64)])
+        dx = _ops.norm_backward(dy, None, x, (64,), None, stats, False, [True, False, False], None)[0]
+        assert dx.isnan().all(1).tolist() == [False, True, False]
+
+
+@check
 def every_shape_of_row():
     """Forward and every gradient: tails of all lengths, several chunks, strided rows, both norms, all dtypes."""
     for dtype, wide in COMBINATIONS:

@@ -54,15 +54,18 @@ struct ForwardPlan {
   int64_t chunks;            // of a row
   bool split_columns;        // few long rows: threads share a row
   int64_t group;             // rows whose statistics are taken before the first is normalised
-  int64_t parameters_bytes;  // workspace for weight and bias as the kernels want them,
+  bool given;                // weight and bias are there and of the input's dtype: read as they are
+  int64_t parameters_bytes;  // otherwise, workspace for them as the kernels want them,
   int64_t workspace;         // and behind them each chunk's Moments
 
   static ForwardPlan of(const ForwardParams& p) {
     ForwardPlan plan;
     plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
     plan.split_columns = p.rows <= kMaxSplitRows && plan.chunks > 1;
-    plan.group = clamp((8 << 10) / (p.cols * size_of(p.dtype) + 1), 1, kMaxGroup);
-    const bool as_is = reads_parameters(p) && p.weight && p.bias;
+    plan.group = clamp((8 << 10) / (padded(p.cols) * size_of(p.dtype)), 1, kMaxGroup);
+    const bool both = p.weight && p.bias;
+    plan.given = both && p.param_dtype == p.dtype;
+    const bool as_is = plan.given || (both && reads_parameters(p));
     plan.parameters_bytes = as_is ? 0 : 2 * padded(p.cols) * size_of(accumulate_type(p.dtype));
     plan.workspace = plan.parameters_bytes + (plan.split_columns ? p.rows * plan.chunks * int64_t{sizeof(Moments)} : 0);
     return plan;

@@ -57,8 +57,8 @@ const Kernels& kernels() {
 
 void will_write(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // What is smaller comes from memory that malloc has kept, and is there already.
-  constexpr int64_t huge = 2 << 20, much = 16 << 20;
+  // What is smaller holds hardly a huge page, and mostly comes from memory that malloc has kept.
+  constexpr int64_t huge = 2 << 20, much = 4 << 20;
   if (bytes < much) return;
   const auto begin = (reinterpret_cast<uintptr_t>(p) + huge - 1) / huge * huge;
   const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / huge * huge;

@@ -11,6 +11,9 @@ class Forward {
   using V = typename Computed<T>::Vector;
   static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
+  // Deviations from the pivot are kept where they cost more than a second read.
+  static constexpr bool kKeeps = N == Norm::layer && !std::is_same_v<T, A>;
+
   struct Terms {
     A pivot, shift, rstd;
   };
@@ -19,8 +22,9 @@ class Forward {
   const ParallelFor parallel;
   const ForwardPlan plan = ForwardPlan::of(p);
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
-  const A* const weight = parameter<T>(p, parallel, p.weight, 1, p.workspace);
-  const A* const bias = parameter<T>(p, parallel, p.bias, 0, static_cast<A*>(p.workspace) + padded(p.cols));
+  const A* const weight = plan.given ? nullptr : parameter<T>(p, parallel, p.weight, 1, p.workspace);
+  const A* const bias =
+      plan.given ? nullptr : parameter<T>(p, parallel, p.bias, 0, static_cast<A*>(p.workspace) + padded(p.cols));
 
  public:
   Forward(const ForwardParams& params, ParallelFor parallel_for) : p(params), parallel(parallel_for) {}
@@ -35,15 +39,31 @@ class Forward {
   }
 
  private:
-  // Short rows go in groups that stay in the first-level cache: independent work for the processor to do
-  // while it waits for one row's reductions.
+  // Short rows go in groups that stay in the first-level cache, one step for all before the next: independent work for
+  // the processor to do while it waits for one row's reductions.
   void run_by_rows(int64_t begin, int64_t end) const {
-    Terms terms[ForwardPlan::kMaxGroup];
+    constexpr int64_t kMax = ForwardPlan::kMaxGroup;
+    alignas(64) A kept[kChunk];
+    A pivots[kMax], means[kMax];
+    Terms terms[kMax];
+    const int64_t stride = padded(p.cols);
     for (int64_t first = begin; first < end; first += plan.group) {
-      const int64_t last = end - first < plan.group ? end : first + plan.group;
-      for (int64_t row = first; row < last; row++)
-        terms[row - first] = finish(row, pairwise(0, plan.chunks, [&](int64_t c) { return moments_of(row, c); }));
-      for (int64_t row = first; row < last; row++) normalise(row, 0, p.cols, terms[row - first]);
+      const int64_t rows = end - first < plan.group ? end - first : plan.group;
+      for (int64_t r = 0; r < rows; r++) pivots[r] = pivot(first + r);
+      if (plan.chunks > 1) {
+        const auto moments = [&](int64_t c) { return moments_of(first, c, pivots[0], kept); };
+        const Terms t = finish(first, pivots[0], pairwise(0, plan.chunks, moments));
+        normalise(first, 0, p.cols, t, again(first, 0, pivots[0]));
+        continue;
+      }
+      for (int64_t r = 0; r < rows; r++) means[r] = first_look(first + r, 0, pivots[r], kept + r * stride);
+      for (int64_t r = 0; r < rows; r++)
+        terms[r] = finish(first + r, pivots[r], second_look(first + r, 0, pivots[r], kept + r * stride, means[r]));
+      for (int64_t r = 0; r < rows; r++)
+        if constexpr (kKeeps)
+          normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride});
+        else
+          normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, pivots[r]));
     }
   }
 
@@ -51,15 +71,18 @@ class Forward {
   void run_by_columns() const {
     auto* parts = reinterpret_cast<Moments*>(static_cast<char*>(p.workspace) + plan.parameters_bytes);
     for_ranges(parallel, p.rows * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) parts[i] = moments_of(i / plan.chunks, i % plan.chunks);
+      alignas(64) A kept[kChunk];
+      for (int64_t i = begin; i < end; i++)
+        parts[i] = moments_of(i / plan.chunks, i % plan.chunks, pivot(i / plan.chunks), kept);
     });
     Terms terms[ForwardPlan::kMaxSplitRows];
     for (int64_t row = 0; row < p.rows; row++)
-      terms[row] = finish(row, pairwise(0, plan.chunks, [&](int64_t c) { return parts[row * plan.chunks + c]; }));
+      terms[row] =
+          finish(row, pivot(row), pairwise(0, plan.chunks, [&](int64_t c) { return parts[row * plan.chunks + c]; }));
     for_ranges(parallel, p.rows * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / plan.chunks, start = i % plan.chunks * kChunk;
-        normalise(row, start, start + chunk_size(i % plan.chunks), terms[row]);
+        normalise(row, start, start + chunk_size(i % plan.chunks), terms[row], again(row, start, terms[row].pivot));
       }
     });
   }
@@ -77,40 +100,71 @@ class Forward {
   A pivot(int64_t row) const {
     if (N == Norm::rms) return 0;
     if (!p.residual) return first_of(input(row));
-    T first;  // not from the sum: another thread may be writing it
-    store(&first, load<V>(input(row), Part{1}) + load<V>(residual(row), Part{1}), Part{1});
-    return first_of(&first);
+    // Not from the sum: another thread may be writing it.
+    const V v = rounded<T>(set<V>(first_of(input(row)) + first_of(residual(row))));
+    return read<A>(&v);
   }
 
-  // Adds the residual where there is one, then takes the chunk's moments while it is in cache.
-  Moments moments_of(int64_t row, int64_t chunk) const {
-    const int64_t start = chunk * kChunk, n = chunk_size(chunk);
-    if (p.residual) {
-      const T *x = input(row) + start, *r = residual(row) + start;
-      T* to = sum_row(row) + start;
-      sweep<V>(n, [=](int64_t i, auto where, int)
-                      LNC_LAMBDA { store(to + i, load<V>(x + i, where) + load<V>(r + i, where), where); });
+  static LNC_INLINE V deviation(V v, V pivot) { return N == Norm::layer ? v - pivot : v; }
+
+  // Deviations read from the row itself.
+  struct Again {
+    const T* x;
+    V pivot;
+    template <class Where>
+    LNC_INLINE V operator()(int64_t i, Where where) const {
+      return deviation(load<V>(x + i, where), pivot);
     }
-    return moments<false>(source(row) + start, n, pivot(row), 1);
-  }
+  };
+  Again again(int64_t row, int64_t start, A pivot) const { return {source(row) + start, set<V>(pivot)}; }
 
-  // About the pivot: the mean, then squared deviations from it. Scaled: of all deviations times scale.
-  template <bool Scaled>
-  static Moments moments(const T* x, int64_t n, A pivot, A scale) {
-    const V center = set<V>(pivot), factor = set<V>(scale);
-    const auto deviation = [=](int64_t i, auto where) LNC_LAMBDA {
-      V v = load<V>(x + i, where);
-      if constexpr (N == Norm::layer) v = v - center;
-      if constexpr (Scaled) v = v * factor;
+  // A chunk's mean deviation from the pivot. Adds the residual where there is one.
+  A first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
+    const int64_t start = chunk * kChunk, n = chunk_size(chunk);
+    const V center = set<V>(pivot);
+    const T* const x = input(row) + start;
+    const auto keeping = [=](int64_t i, auto where, V v) LNC_LAMBDA {
+      v = deviation(v, center);
+      if constexpr (kKeeps) put(kept + i, v, where);
       return v;
     };
-    A mean = 0;
-    if constexpr (N == Norm::layer) {
-      Accumulators<V> sums;
-      sweep<V>(n, [&](int64_t i, auto where, int u)
-                      LNC_LAMBDA { sums.v[u] = sums.v[u] + keep(deviation(i, where), where); });
-      mean = sums.total() / static_cast<A>(n);
+    if (p.residual) {
+      const T* const r = residual(row) + start;
+      T* const to = sum_row(row) + start;
+      return mean(n, [=](int64_t i, auto where, int) LNC_LAMBDA {
+        const V v = load<V>(x + i, where) + load<V>(r + i, where);
+        store(to + i, v, where);
+        return keeping(i, where, rounded<T>(v));
+      });
     }
+    if constexpr (N == Norm::rms) return 0;
+    return mean(n, [=](int64_t i, auto where, int) LNC_LAMBDA { return keeping(i, where, load<V>(x + i, where)); });
+  }
+
+  // Its squared deviations from the mean.
+  Moments second_look(int64_t row, int64_t chunk, A pivot, const A* kept, A mean) const {
+    const int64_t n = chunk_size(chunk);
+    if constexpr (kKeeps)
+      return moments(n, mean, Buffer<V, A>{kept});
+    else
+      return moments(n, mean, again(row, chunk * kChunk, pivot));
+  }
+
+  Moments moments_of(int64_t row, int64_t chunk, A pivot, A* kept) const {
+    return second_look(row, chunk, pivot, kept, first_look(row, chunk, pivot, kept));
+  }
+
+  // Over deviations from the pivot: their mean, and their squared deviations from it.
+  template <class Values>
+  static LNC_INLINE A mean(int64_t n, const Values& values) {
+    Accumulators<V> sums;
+    sweep<V>(
+        n, [&](int64_t i, auto where, int u) LNC_LAMBDA { sums.v[u] = sums.v[u] + keep(values(i, where, u), where); });
+    return N == Norm::layer ? sums.total() / static_cast<A>(n) : A(0);
+  }
+
+  template <class Values>
+  static Moments moments(int64_t n, A mean, const Values& values) {
     const V about = set<V>(mean);
     // In two levels: where all values lie on a coarse grid, as beside a large offset, the rounding errors of one long
     // sum have one sign.
@@ -119,7 +173,7 @@ class Forward {
     for (int64_t start = 0; start < n; start += kBlock) {
       Accumulators<V> block;
       sweep<V>(n - start < kBlock ? n - start : kBlock, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-        V v = deviation(start + i, where);
+        V v = values(start + i, where);
         if constexpr (N == Norm::layer) v = keep(v - about, where);
         block.v[u] = fma(v, v, block.v[u]);
       });
@@ -128,12 +182,12 @@ class Forward {
     return {static_cast<double>(n), static_cast<double>(mean), static_cast<double>(squares.total())};
   }
 
-  Terms finish(int64_t row, const Moments& m) const {
+  Terms finish(int64_t row, A pivot, const Moments& m) const {
     constexpr double largest = sizeof(A) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
     constexpr double tiny = sizeof(A) == 8 ? 1e-240 : 1e-30, scale = sizeof(A) == 8 ? 0x1p500 : 0x1p100;
-    const Terms t = !(m.squares <= largest)                    ? rescued(row, 1 / scale)
-                    : m.squares * inverse_count + p.eps < tiny ? rescued(row, scale)
-                                                               : terms_of(pivot(row), m, 1);
+    const Terms t = !(m.squares <= largest)                    ? rescued(row, pivot, 1 / scale)
+                    : m.squares * inverse_count + p.eps < tiny ? rescued(row, pivot, scale)
+                                                               : terms_of(pivot, m, 1);
     if (p.stats) {
       A* stats = static_cast<A*>(p.stats);
       if (N == Norm::layer) stats[row] = t.shift;
@@ -149,26 +203,37 @@ class Forward {
   }
 
   // Where squares have left the range of A, on either side: once more, of values scaled into it.
-  LNC_NOINLINE Terms rescued(int64_t row, double scale) const {
-    const A about = pivot(row);
+  LNC_NOINLINE Terms rescued(int64_t row, A pivot, double scale) const {
+    const V factor = set<V>(static_cast<A>(scale));
     const Moments m = pairwise(0, plan.chunks, [&](int64_t c) {
-      return moments<true>(source(row) + c * kChunk, chunk_size(c), about, static_cast<A>(scale));
+      const Again chunk = again(row, c * kChunk, pivot);
+      const auto scaled = [=](int64_t i, auto where, int = 0) LNC_LAMBDA { return chunk(i, where) * factor; };
+      return moments(chunk_size(c), mean(chunk_size(c), scaled), scaled);
     });
-    return terms_of(about, m, scale);
+    return terms_of(pivot, m, scale);
   }
 
-  // Columns [begin, end) of a row. Meanwhile the next group is fetched, where rows are adjacent.
-  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t) const {
-    const T* x = source(row) + begin;
-    O* y = static_cast<O*>(p.output) + row * p.cols + begin;
-    const int64_t ahead = plan.group * p.cols;
-    const A *w = weight + begin, *b = bias + begin;
-    const V pivot = set<V>(t.pivot), rstd = set<V>(t.rstd), offset = set<V>(-t.shift * t.rstd);
+  // Columns [begin, end) of a row, from their deviations. Meanwhile the next group is fetched, where rows are adjacent.
+  template <class Values>
+  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values) const {
+    if (plan.given)
+      return normalise(row, begin, end, t, values, Elements<V, T>{static_cast<const T*>(p.weight) + begin},
+                       Elements<V, T>{static_cast<const T*>(p.bias) + begin});
+    normalise(row, begin, end, t, values, Buffer<V, A>{weight + begin}, Buffer<V, A>{bias + begin});
+  }
+
+  template <class Values, class Parameter>
+  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values,
+                 const Parameter& weights, const Parameter& biases) const {
+    O* const y = static_cast<O*>(p.output) + row * p.cols + begin;
+    const T *x = input(row) + begin, *r = p.residual ? residual(row) + begin : x;
+    const int64_t ahead = plan.group < p.rows ? plan.group * p.cols : 0;
+    const V rstd = set<V>(t.rstd), offset = set<V>(-t.shift * t.rstd);
     sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
-      if (starts_line<T>(u)) prefetch(x, i + ahead);
-      const V v = load<V>(x + i, where);
-      const V xhat = N == Norm::layer ? fma(v - pivot, rstd, offset) : v * rstd;
-      store(y + i, fma(xhat, get<V>(w + i, where), get<V>(b + i, where)), where);
+      if (starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
+      const V v = values(i, where);
+      const V xhat = N == Norm::layer ? fma(v, rstd, offset) : v * rstd;
+      store(y + i, fma(xhat, weights(i, where), biases(i, where)), where);
     });
   }
 };

@@ -11,6 +11,24 @@ LNC_INLINE const T* row_of(const void* base, const RowMap& map, int64_t row) {
   return static_cast<const T*>(base) + offset;
 }
 
+// Vectors of columns: of elements as they came, or of a buffer of ours.
+template <class V, class S>
+struct Elements {
+  const S* p;
+  template <class Where>
+  LNC_INLINE V operator()(int64_t i, Where where) const {
+    return load<V>(p + i, where);
+  }
+};
+template <class V, class A>
+struct Buffer {
+  const A* p;
+  template <class Where>
+  LNC_INLINE V operator()(int64_t i, Where where) const {
+    return get<V>(p + i, where);
+  }
+};
+
 template <class V>
 struct Accumulators {
   V v[kUnroll<V>] = {};

@@ -107,8 +107,8 @@ LNC_INLINE V set(std::conditional_t<std::is_same_v<V, D>, double, float> a) {
     return a - V{};
 }
 
-// What the instruction set has instructions for: fma, the sum over lanes, 16-bit lanes to and from 32-bit
-// ones (to: values below 2^16), and float16.
+// What the instruction set has instructions for: fma, the sum over lanes, 16-bit lanes to and from 32-bit ones (to:
+// values below 2^16), the upper halves of two vectors' lanes side by side, and float16.
 #if LNC_VECTOR_BYTES == 64
 LNC_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 LNC_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
@@ -131,6 +131,7 @@ LNC_INLINE double sum(D v) {
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
+LNC_INLINE U upper_halves(U even, U odd) { return (U)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa); }
 LNC_INLINE I spread(Half h) { return (I)_mm256_cvtepu16_epi32((__m128i)h); }
 LNC_INLINE Half pack(I v) {
   return (Half)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
@@ -178,16 +179,21 @@ LNC_INLINE Half narrow(f16, F v) {
 }
 #endif
 
+#if LNC_VECTOR_BYTES != 32
+LNC_INLINE U upper_halves(U even, U odd) { return (even >> 16) | (odd & 0xffff0000); }
+#endif
+
 LNC_INLINE Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
 LNC_INLINE Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
 LNC_INLINE Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
 LNC_INLINE Pair fma(Pair a, Pair b, Pair c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
 LNC_INLINE float sum(Pair v) { return sum(v.even + v.odd); }
 
-// To nearest even in the upper half, NaN stays NaN.
+// To nearest even in the upper half. NaN stays NaN if its lower half is clear, as it is where NaN comes from bfloat16
+// or from arithmetic.
 LNC_INLINE U round_to_bf16(F v) {
-  const U u = as<U>(v), rounded = u + 0x7fff + ((u >> 16) & 1);
-  return v != v ? ~(u ^ u) : rounded;
+  const U u = as<U>(v);
+  return u + 0x7fff + ((u >> 16) & 1);
 }
 
 #ifdef LNC_VECTOR_BYTES
@@ -219,15 +225,33 @@ LNC_INLINE void load(const bf16* p, Pair& v) {
   const U u = read<U>(p);
   v = {as<F>(u << 16), as<F>(u & 0xffff0000)};
 }
-LNC_INLINE void load(const float* p, Pair& v) { v = split(read<F>(p), read<F>(p + kLanes<F>), LaneIndices{}); }
+LNC_INLINE F clear_nan(F v) { return as<F>(v != v ? I{} + 0x7fc00000 : as<I>(v)); }
+LNC_INLINE void load(const float* p, Pair& v) {
+  v = split(clear_nan(read<F>(p)), clear_nan(read<F>(p + kLanes<F>)), LaneIndices{});
+}
 
 LNC_INLINE void store(float* p, F v, Full) { write(p, v); }
 LNC_INLINE void store(double* p, D v, Full) { write(p, v); }
 LNC_INLINE void store(f16* p, F v, Full) { write(p, narrow(f16{}, v)); }
-LNC_INLINE void store(bf16* p, Pair v, Full) {
-  write(p, (round_to_bf16(v.even) >> 16) | (round_to_bf16(v.odd) & 0xffff0000));
-}
+LNC_INLINE void store(bf16* p, Pair v, Full) { write(p, upper_halves(round_to_bf16(v.even), round_to_bf16(v.odd))); }
 LNC_INLINE void store(float* p, Pair v, Full) { join(p, v, LaneIndices{}); }
+
+// The value that T can hold.
+template <class T>
+LNC_INLINE F rounded(F v) {
+  if constexpr (std::is_same_v<T, f16>)
+    return widen(f16{}, narrow(f16{}, v));
+  else
+    return v;
+}
+template <class T>
+LNC_INLINE D rounded(D v) {
+  return v;
+}
+template <class T>
+LNC_INLINE Pair rounded(Pair v) {
+  return {as<F>(round_to_bf16(v.even) & 0xffff0000), as<F>(round_to_bf16(v.odd) & 0xffff0000)};
+}
 
 template <class V, class S>
 LNC_INLINE V load(const S* p, Full) {
