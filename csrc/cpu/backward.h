@@ -171,14 +171,17 @@ class Backward {
     });
     const A* const w = weight;
     const int64_t ahead = plan.block * p.cols;  // the next block, where rows are adjacent
+    const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)}), adds = p.grad_sum;
     A *const weight_sums = to.weight, *const bias_sums = to.bias;
     sweep<V, 2>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
       const int64_t j = begin + i;
       V dw, db;
       if constexpr (Params) dw = get<V>(weight_sums + j, where), db = get<V>(bias_sums + j, where);
       unrolled<R>([&](int r) LNC_LAMBDA {
-        if (starts_line<T>(u)) prefetch(row[r].x, j + ahead);
-        if (starts_line<O>(u)) prefetch(row[r].dy, j + ahead);
+        if (LNC_UNLIKELY(far)) {
+          if (starts_line<T>(u)) prefetch(row[r].x, j + ahead);
+          if (starts_line<O>(u)) prefetch(row[r].dy, j + ahead);
+        }
         const V xhat = normalised(load<V>(row[r].x + j, where), pivot[r], rstd[r], offset[r]);
         const V dy = load<V>(row[r].dy + j, where);
         if constexpr (Params) dw = fma(dy, xhat, dw), db = db + dy;
@@ -186,7 +189,7 @@ class Backward {
           const V g = dy * get<V>(w + j, where);
           const V projected = fma(minus_mean_g_xhat[r], xhat, N == Norm::layer ? g - mean_g[r] : g);
           V dx = rstd[r] * projected;
-          if (LNC_UNLIKELY(row[r].grad_sum)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));
+          if (LNC_UNLIKELY(adds)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));
           store(row[r].dx + j, dx, where);
         }
       });

@@ -31,6 +31,10 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 constexpr int64_t grain_of(int64_t elements) { return ceil_div(kGrain, elements > 0 ? elements : 1); }
 
+// Whether rows come from so far away that it pays to ask for them ahead of time; up to here the processor's own
+// prefetching does better alone.
+constexpr bool is_far(int64_t bytes) { return bytes > 2 << 20; }
+
 // Columns of a buffer of ours: whole vectors of any instruction set.
 constexpr int64_t padded(int64_t cols) { return ceil_div(cols, 32) * 32; }
 
@@ -97,7 +101,7 @@ struct BackwardPlan {
     plan.row_chunks = ceil_div(p.rows, plan.rows_a_chunk);
     plan.split_columns = plan.row_chunks < 8;
     const int64_t cache = plan.split_columns ? 4 << 20 : 16 << 10;
-    plan.block = clamp(cache / (p.cols * row_bytes + 1), 2, kMaxBlock);
+    plan.block = clamp(cache / (p.cols * row_bytes), 2, kMaxBlock) / 2 * 2;
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
     plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;

@@ -70,8 +70,8 @@ void will_write(void* p, int64_t bytes) {
 
 const char* instruction_set() { return kernels().name; }
 
-int64_t forward_workspace(const ForwardParams& p) { return ForwardPlan::of(p).workspace; }
-int64_t backward_workspace(const BackwardParams& p) { return BackwardPlan::of(p).workspace; }
+int64_t forward_workspace(const ForwardParams& p) { return p.cols > 0 ? ForwardPlan::of(p).workspace : 0; }
+int64_t backward_workspace(const BackwardParams& p) { return p.cols > 0 ? BackwardPlan::of(p).workspace : 0; }
 
 void forward(const ForwardParams& p, ParallelFor parallel) {
   if (p.rows > 0 && p.cols > 0) kernels().forward(p, parallel);

@@ -227,10 +227,11 @@ class Forward {
                  const Parameter& weights, const Parameter& biases) const {
     O* const y = static_cast<O*>(p.output) + row * p.cols + begin;
     const T *x = input(row) + begin, *r = p.residual ? residual(row) + begin : x;
-    const int64_t ahead = plan.group < p.rows ? plan.group * p.cols : 0;
+    const int64_t ahead = plan.group * p.cols;
+    const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
     const V rstd = set<V>(t.rstd), offset = set<V>(-t.shift * t.rstd);
     sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
-      if (starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
+      if (LNC_UNLIKELY(far) && starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
       const V v = values(i, where);
       const V xhat = N == Norm::layer ? fma(v, rstd, offset) : v * rstd;
       store(y + i, fma(xhat, weights(i, where), biases(i, where)), where);

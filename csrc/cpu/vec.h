@@ -317,11 +317,11 @@ LNC_INLINE float first_of(const f16* p) {
   return read<float>(&v);
 }
 
-// p[i] need not exist.
+// Into the second-level cache: the first holds what is being worked on. p[i] need not exist.
 template <class T>
 LNC_INLINE void prefetch(const T* p, int64_t i) {
 #ifdef __GNUC__
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + i * sizeof(T)));
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + i * sizeof(T)), 0, 2);
 #else
   (void)p, (void)i;
 #endif
