@@ -169,6 +169,21 @@ def rows_do_not_see_each_other():
             assert alone[0].equal(single[0][1:2]) and alone[1].equal(single[1][1:2])
 
 
+@check
+def outputs_larger_than_the_cache():
+    """What is written past the caches has the bits of rows of their own, and so has their sum."""
+    for dtype, cols in ((F32, 1024), (BF16, 1024), (F16, 768), (F32, 8192), (F64, 512)):
+        x, r = torch.randn(2, 2**25 // cols // dtype.itemsize, cols, dtype=torch.float32).to(dtype)
+        w, b = torch.randn(2, cols).to(dtype)
+        for rows in (slice(0, 3), slice(len(x) - 5, len(x))):
+            few = lnc.add_layer_norm(x[rows], r[rows], (cols,), w, b)
+            for got, want in zip(lnc.add_layer_norm(x, r, (cols,), w, b), few, strict=True):
+                assert got[rows].equal(want)
+            assert layer_norm(x, w, b)[rows].equal(layer_norm(x[rows], w, b))
+            y = lnc.add_rms_norm(x, r, (cols,), w)[0]
+            assert y[rows].equal(lnc.add_rms_norm(x[rows], r[rows], (cols,), w)[0])
+
+
 # ---- one process for each instruction set ---------------------------------------------------------------------------
 
 

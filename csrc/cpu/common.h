@@ -31,6 +31,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 constexpr int64_t grain_of(int64_t elements) { return ceil_div(kGrain, elements > 0 ? elements : 1); }
 
+// What the last-level cache holds for one core, on many a machine. Inputs and outputs of more drive each other out.
+constexpr int64_t kCache = 32 << 20;
+
 // Whether rows come from so far away that it pays to ask for them ahead of time; up to here the processor's own
 // prefetching does better alone.
 constexpr bool is_far(int64_t bytes) { return bytes > 2 << 20; }
@@ -58,6 +61,7 @@ struct ForwardPlan {
   int64_t chunks;            // of a row
   bool split_columns;        // few long rows: threads share a row
   int64_t group;             // rows whose statistics are taken before the first is normalised
+  bool past;                 // outputs go to memory past the caches: none would still be there when they are read
   bool given;                // weight and bias are there and of the input's dtype: read as they are
   int64_t parameters_bytes;  // otherwise, workspace for them as the kernels want them,
   int64_t workspace;         // and behind them each chunk's Moments
@@ -67,6 +71,11 @@ struct ForwardPlan {
     plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
     plan.split_columns = p.rows <= kMaxSplitRows && plan.chunks > 1;
     plan.group = clamp((8 << 10) / (padded(p.cols) * size_of(p.dtype)), 1, kMaxGroup);
+    const int64_t elements = p.rows * p.cols, arrays = p.residual ? 2 : 1;
+    const int64_t bytes = elements * (size_of(p.output_dtype) + (2 * arrays - 1) * size_of(p.dtype));
+    const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
+                            static_cast<uintptr_t>(p.cols * size_of(p.dtype));
+    plan.past = bytes >= kCache && misaligned % 64 == 0;
     const bool both = p.weight && p.bias;
     plan.given = both && p.param_dtype == p.dtype;
     const bool as_is = plan.given || (both && reads_parameters(p));

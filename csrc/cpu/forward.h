@@ -11,7 +11,7 @@ class Forward {
   using V = typename Computed<T>::Vector;
   static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
-  // Deviations from the pivot are kept where they cost more than a second read.
+  // Deviations from the pivot are kept where they cost more than a second read,
   static constexpr bool kKeeps = N == Norm::layer && !std::is_same_v<T, A>;
 
   struct Terms {
@@ -21,6 +21,7 @@ class Forward {
   const ForwardParams& p;
   const ParallelFor parallel;
   const ForwardPlan plan = ForwardPlan::of(p);
+  const bool past_sum = plan.past && p.residual && plan.chunks == 1;  // and where the sum has left
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = plan.given ? nullptr : parameter<T>(p, parallel, p.weight, 1, p.workspace);
   const A* const bias =
@@ -60,11 +61,12 @@ class Forward {
       for (int64_t r = 0; r < rows; r++)
         terms[r] = finish(first + r, pivots[r], second_look(first + r, 0, pivots[r], kept + r * stride, means[r]));
       for (int64_t r = 0; r < rows; r++)
-        if constexpr (kKeeps)
+        if (kKeeps || past_sum)
           normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride});
         else
           normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, pivots[r]));
     }
+    if (plan.past) fence();
   }
 
   // The same chunks and merges as by rows, hence the same bits.
@@ -84,6 +86,7 @@ class Forward {
         const int64_t row = i / plan.chunks, start = i % plan.chunks * kChunk;
         normalise(row, start, start + chunk_size(i % plan.chunks), terms[row], again(row, start, terms[row].pivot));
       }
+      if (plan.past) fence();
     });
   }
 
@@ -123,28 +126,30 @@ class Forward {
     const int64_t start = chunk * kChunk, n = chunk_size(chunk);
     const V center = set<V>(pivot);
     const T* const x = input(row) + start;
-    const auto keeping = [=](int64_t i, auto where, V v) LNC_LAMBDA {
+    const auto keeping = [=](bool keeps, int64_t i, auto where, V v) LNC_LAMBDA {
       v = deviation(v, center);
-      if constexpr (kKeeps) put(kept + i, v, where);
+      if (keeps) put(kept + i, v, where);
       return v;
     };
     if (p.residual) {
       const T* const r = residual(row) + start;
       T* const to = sum_row(row) + start;
+      const bool past = past_sum;
       return mean(n, [=](int64_t i, auto where, int) LNC_LAMBDA {
         const V v = load<V>(x + i, where) + load<V>(r + i, where);
-        store(to + i, v, where);
-        return keeping(i, where, rounded<T>(v));
+        store(to + i, v, where, past);
+        return keeping(kKeeps || past, i, where, rounded<T>(v));
       });
     }
     if constexpr (N == Norm::rms) return 0;
-    return mean(n, [=](int64_t i, auto where, int) LNC_LAMBDA { return keeping(i, where, load<V>(x + i, where)); });
+    return mean(
+        n, [=](int64_t i, auto where, int) LNC_LAMBDA { return keeping(kKeeps, i, where, load<V>(x + i, where)); });
   }
 
   // Its squared deviations from the mean.
-  Moments second_look(int64_t row, int64_t chunk, A pivot, const A* kept, A mean) const {
+  LNC_INLINE Moments second_look(int64_t row, int64_t chunk, A pivot, const A* kept, A mean) const {
     const int64_t n = chunk_size(chunk);
-    if constexpr (kKeeps)
+    if (kKeeps || past_sum)
       return moments(n, mean, Buffer<V, A>{kept});
     else
       return moments(n, mean, again(row, chunk * kChunk, pivot));
@@ -215,26 +220,36 @@ class Forward {
 
   // Columns [begin, end) of a row, from their deviations. Meanwhile the next group is fetched, where rows are adjacent.
   template <class Values>
-  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values) const {
-    if (plan.given)
-      return normalise(row, begin, end, t, values, Elements<V, T>{static_cast<const T*>(p.weight) + begin},
-                       Elements<V, T>{static_cast<const T*>(p.bias) + begin});
-    normalise(row, begin, end, t, values, Buffer<V, A>{weight + begin}, Buffer<V, A>{bias + begin});
+  LNC_INLINE void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values) const {
+    if (plan.past)
+      normalise<true>(row, begin, end, t, values);
+    else
+      normalise<false>(row, begin, end, t, values);
   }
 
-  template <class Values, class Parameter>
+  template <bool Past, class Values>
+  LNC_INLINE void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values) const {
+    if (plan.given)
+      normalise<Past>(row, begin, end, t, values, Elements<V, T>{static_cast<const T*>(p.weight) + begin},
+                      Elements<V, T>{static_cast<const T*>(p.bias) + begin});
+    else
+      normalise<Past>(row, begin, end, t, values, Buffer<V, A>{weight + begin}, Buffer<V, A>{bias + begin});
+  }
+
+  template <bool Past, class Values, class Parameter>
   void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values,
                  const Parameter& weights, const Parameter& biases) const {
     O* const y = static_cast<O*>(p.output) + row * p.cols + begin;
-    const T *x = input(row) + begin, *r = p.residual ? residual(row) + begin : x;
-    const int64_t ahead = plan.group * p.cols;
     const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
+    const T* const x = far ? input(row) + begin : nullptr;
+    const T* const r = far && p.residual ? residual(row) + begin : x;
+    const int64_t ahead = plan.group * p.cols;
     const V rstd = set<V>(t.rstd), offset = set<V>(-t.shift * t.rstd);
     sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
       if (LNC_UNLIKELY(far) && starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
       const V v = values(i, where);
       const V xhat = N == Norm::layer ? fma(v, rstd, offset) : v * rstd;
-      store(y + i, fma(xhat, weights(i, where), biases(i, where)), where);
+      store(y + i, fma(xhat, weights(i, where), biases(i, where)), where, Past);
     });
   }
 };

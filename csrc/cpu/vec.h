@@ -99,6 +99,24 @@ LNC_INLINE void write(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 
+// To memory past the caches; p is aligned. The task that does so ends with a fence.
+template <class V>
+LNC_INLINE void write_past(void* p, V v) {
+#if LNC_VECTOR_BYTES == 64
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), as<__m512i>(v));
+#endif
+#if LNC_VECTOR_BYTES >= 32
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), as<__m256i>(v));
+  if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), as<__m128i>(v));
+#endif
+  write(p, v);
+}
+LNC_INLINE void fence() {
+#if LNC_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 template <class V>
 LNC_INLINE V set(std::conditional_t<std::is_same_v<V, D>, double, float> a) {
   if constexpr (std::is_same_v<V, Pair>)
@@ -230,11 +248,22 @@ LNC_INLINE void load(const float* p, Pair& v) {
   v = split(clear_nan(read<F>(p)), clear_nan(read<F>(p + kLanes<F>)), LaneIndices{});
 }
 
-LNC_INLINE void store(float* p, F v, Full) { write(p, v); }
-LNC_INLINE void store(double* p, D v, Full) { write(p, v); }
-LNC_INLINE void store(f16* p, F v, Full) { write(p, narrow(f16{}, v)); }
-LNC_INLINE void store(bf16* p, Pair v, Full) { write(p, upper_halves(round_to_bf16(v.even), round_to_bf16(v.odd))); }
+// A vector as it lies in memory.
+LNC_INLINE F stored(const float*, F v) { return v; }
+LNC_INLINE D stored(const double*, D v) { return v; }
+LNC_INLINE Half stored(const f16*, F v) { return narrow(f16{}, v); }
+LNC_INLINE U stored(const bf16*, Pair v) { return upper_halves(round_to_bf16(v.even), round_to_bf16(v.odd)); }
+
+template <class V, class S>
+LNC_INLINE void store(S* p, V v, Full) {
+  write(p, stored(p, v));
+}
 LNC_INLINE void store(float* p, Pair v, Full) { join(p, v, LaneIndices{}); }
+template <class V, class S>
+LNC_INLINE void store_past(S* p, V v) {
+  write_past(p, stored(p, v));
+}
+LNC_INLINE void store_past(float* p, Pair v) { join(p, v, LaneIndices{}); }
 
 // The value that T can hold.
 template <class T>
@@ -271,6 +300,13 @@ LNC_INLINE void store(S* p, V v, Part part) {
   S elements[kLanes<V>];
   store(elements, v, Full{});
   memcpy(p, elements, part.n * sizeof(S));
+}
+
+template <class V, class S, class Where>
+LNC_INLINE void store(S* p, V v, Where where, bool past) {
+  if constexpr (std::is_same_v<Where, Full>)
+    if (LNC_UNLIKELY(past)) return store_past(p, v);
+  store(p, v, where);
 }
 
 // Buffers of our own hold values in the order of the lanes, and are padded to whole vectors where that is
