@@ -204,6 +204,8 @@ py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool 
   d["rows_per_block"] = plan.rows_per_block;
   d["packs_per_thread"] = plan.tier->vecs;
   d["blocks"] = plan.blocks_x * plan.blocks_y;
+  d["blocks_per_row"] = plan.cluster;
+  d["shared_memory"] = plan.shared;
   d["slices"] = plan.slices;
   d["partials"] = plan.partials;
   d["reason"] = plan.tier->reason;

@@ -35,12 +35,14 @@ def build_info() -> dict:
 class LaunchPlan(NamedTuple):
     """Which CUDA kernel runs for a shape, and how it is laid out."""
 
-    tier: str  # "warp", "block" or "slices"
+    tier: str  # "warp", "block", "staged", "cluster" or "slices"
     threads: int  # in a block
     threads_per_row: int
     rows_per_block: int  # at a time
     packs_per_thread: int  # of 16 bytes
     blocks: int
+    blocks_per_row: int  # of a cluster; else 1
+    shared_memory: int  # dynamic, in bytes a block
     slices: int  # of a row; 1 where a row is not cut
     partials: int  # backward: sets of weight and bias gradients that the second kernel folds
     reason: str

@@ -107,7 +107,7 @@ def run(kernels, case, **device):
 
 
 # The longest row of each tier, in packs of 16 bytes (csrc/kernels/plan.h), and what lies just beyond.
-PACKS = (1, 4, 16, 32, 64, 96, 128, 192, 256, 1024, 2048, 4096)
+PACKS = (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 768, 1024, 2048, 4096)
 
 
 def tier_cases():
@@ -119,6 +119,24 @@ def tier_cases():
             yield Case(rows, packs * n, dtype)
             yield Case(rows, packs * n + 1, dtype, rms=packs in (4, 64, 1024))
         yield Case(1, 9000 * n + n // 2, dtype, residual=True)
+
+
+# Rows longer than a block's registers: (case, device). In shared memory, in that of a cluster of 2 to 8 blocks, in
+# slices.
+LONG = [
+    (Case(3, 17000, "f16"), dict(arch=80)),
+    (Case(3, 16400, "f32", residual=True), dict(arch=80)),
+    (Case(2, 12000, "bf16", rms=True), dict(arch=86)),
+    (Case(2, 16384, "f16"), dict(arch=70)),
+    (Case(2, 16384, "f32", misalign=1), dict(arch=75)),
+    (Case(2, 16384, "f32", residual=True, params="f32"), dict(arch=80)),
+    (Case(5, 4100, "f64"), dict(arch=90)),
+    (Case(5, 10000, "f32", residual=True), dict(arch=90)),
+    (Case(3, 33001, "bf16", rms=True), dict(arch=90)),
+    (Case(2, 65536, "f16", params="f32", output="f32"), dict(arch=90)),
+    (Case(9, 131072, "f16", residual=True), dict(arch=90)),
+    (Case(1, 300000, "bf16", misalign=3), dict(arch=90)),
+]
 
 
 def policy_cases():
@@ -146,6 +164,12 @@ def policy_cases():
 @pytest.mark.parametrize("case", list(tier_cases()), ids=str)
 def test_tiers(kernels, case):
     run(kernels, case)
+
+
+@pytest.mark.parametrize("case, pretended", LONG, ids=lambda part: str(part) if isinstance(part, Case) else "")
+@pytest.mark.parametrize("sm_count", [2, 64])
+def test_long_rows(kernels, case, pretended, sm_count):
+    run(kernels, case, **pretended, sm_count=sm_count)
 
 
 @pytest.mark.parametrize("case", list(policy_cases()), ids=str)
@@ -226,24 +250,22 @@ def size(rows):
     return rows.values.size * rows.array.itemsize
 
 
-# The longest row in bytes that a direction reads once (csrc/kernels/plan.h); longer ones are read twice.
-READ_ONCE = {"forward": 65536, "backward": 16384}
-
-
 @counted
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
-@pytest.mark.parametrize("cols", [64, 768, 1024, 2048, 4096, 8192, 60000])
-def test_traffic(kernels, dtype, cols):
-    """Inputs are read once (twice where a row is cut into slices), outputs are written once, in whole sectors."""
-    # As many rows as fill every block: a group of threads without a row repeats the last one.
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("cols", [64, 768, 1024, 2048, 4096, 8192, 20000, 60000, 200000])
+def test_traffic(kernels, dtype, cols, arch):
+    """Inputs are read once (twice in the tier of slices), outputs are written once, in whole sectors."""
     case = Case(96 if cols < 1000 else 8 if cols < 10000 else 2, cols, dtype)
-    inputs, results, forward, backward = run(kernels, case)
+    inputs, results, forward, backward = run(kernels, case, arch=arch, sm_count=4)
     row_bytes = size(inputs["input"]) // case.rows
     for direction, launches, read, written in (
         ("forward", forward, ("input",), ("output", "stats")),
         ("backward", backward, ("input", "grad_output"), ("grad_input", "grad_weight", "grad_bias")),
     ):
-        times = 1 if row_bytes <= READ_ONCE[direction] else 2
+        times = 2 if any(f"{direction}_slices" in launch["kernel"] for launch in launches) else 1
+        if arch >= 90:  # a cluster keeps rows of 128 KiB
+            assert times == 1 or row_bytes > 131072
         for name in read:
             # Besides, every warp looks at the row's first element, its pivot; those of a warp's rows lie apart.
             pivots = 0.05 if name == "input" else 0
@@ -251,7 +273,7 @@ def test_traffic(kernels, dtype, cols):
             assert times * once <= total(launches, name, "read") <= times * once * (1 + pivots)
             assert max(launch["arrays"][name]["read"]["distinct"] for launch in launches) == once
             least = total(launches, name, "read", "fewest_sectors")
-            assert total(launches, name, "read", "sectors") <= least * (1 + 3 * pivots)
+            assert total(launches, name, "read", "sectors") <= least * (1 + 3 * pivots) + (case.rows if pivots else 0)
         for name in written:
             assert total(launches, name, "write") == total(launches, name, "write", "distinct") == size(results[name])
         for name in ("output", "grad_input"):

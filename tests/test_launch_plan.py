@@ -25,7 +25,7 @@ def test_every_row_has_a_plan_that_holds_it(direction, dtype):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_row_is_shared_by_the_same_threads_in_any_batch(direction):
-    for cols in [5, 768, 4096, 100_000]:
+    for cols in [5, 768, 4096, 20_000, 100_000]:
         plans = [lnc.launch_plan(rows, cols, torch.bfloat16, direction=direction) for rows in (1, 7, 4096, 1 << 20)]
         assert len({(p.threads_per_row, p.packs_per_thread, p.slices) for p in plans}) == 1
 
@@ -41,6 +41,28 @@ def test_backward_fills_the_device():
     plan = lnc.launch_plan(8192, 1024, torch.float16, direction="backward", sm_count=132)
     assert plan.blocks == 132
     assert lnc.launch_plan(16, 768, torch.float32, direction="backward", sm_count=132).blocks == 16
+
+
+@pytest.mark.parametrize(
+    "direction, rows, cols, dtype, arch, tier",
+    [
+        ("forward", 4096, 1024, torch.float16, "sm_90", "warp"),
+        ("forward", 4096, 16384, torch.float32, "sm_70", "block"),
+        ("forward", 4096, 32768, torch.bfloat16, "sm_80", "staged"),
+        ("forward", 4096, 262144, torch.bfloat16, "sm_90", "cluster"),
+        ("forward", 4096, 262144, torch.bfloat16, "sm_80", "slices"),
+        ("forward", 1, 1 << 20, torch.bfloat16, "sm_90", "slices"),
+        ("backward", 4096, 1024, torch.float16, "sm_90", "block"),
+        ("backward", 128, 16384, torch.float32, "sm_70", "staged"),
+        ("backward", 128, 16384, torch.float32, "sm_90", "cluster"),
+        ("backward", 128, 262144, torch.float32, "sm_90", "slices"),
+    ],
+)
+def test_tiers(direction, rows, cols, dtype, arch, tier):
+    plan = lnc.launch_plan(rows, cols, dtype, direction=direction, arch=arch)
+    assert plan.tier == tier
+    assert plan.shared_memory <= {"sm_70": 96, "sm_80": 163, "sm_90": 227}[arch] * 1024
+    assert plan.blocks % plan.blocks_per_row == 0 and (plan.blocks_per_row > 1) == (tier == "cluster")
 
 
 @pytest.mark.parametrize(

@@ -5,53 +5,59 @@
 //
 // A persistent grid walks the rows: each is read once, and a thread adds up weight and bias gradients of its own
 // columns in registers over all the rows it meets (backward_rows). What the blocks end with goes to the workspace
-// as [2, blocks, cols], and fold_partials adds it up in a fixed order. Rows too long for registers are cut into
-// slices: one launch takes their sums, the next one finishes them (backward_slice_sums, backward_slices).
+// as [2, blocks, cols], and fold_partials adds it up in a fixed order. Of rows too long for a block's registers the
+// blocks of a cluster have a slice each; where there are no clusters, a row waits in shared memory (backward_staged).
+// What is longer still takes two launches, of the slices' sums and of what is made of them (backward_slice_sums,
+// backward_slices).
 #pragma once
+#include "cluster.cuh"
 #include "group.cuh"
 #include "pack.cuh"
 #include "params.h"
 
 namespace lnc {
 
+constexpr int kBackwardThreads = 512;
+
 struct BackwardArgs {
   BackwardParams p;
-  int threads_per_row;
   bool input_aligned, grad_output_aligned, grad_sum_aligned, grad_input_aligned;
-  bool all_aligned;  // input and grad_output
   bool wide_params;
   bool param_grads;  // whether weight or bias gradients are wanted: then partials are written
   double inverse_cols;
   int64_t slice_cols, slices, row_blocks;
+  int cluster;     // blocks that share a row
+  int staged;      // slices of a row that wait in shared memory
   void* partials;  // A [2, row_blocks, cols]: weight, bias
   void* sums;      // A [rows, slices, 2]: of g and of g * xhat
 };
 
-// A thread's part of a row as it lies in memory, so that the next row can be on its way while this one is used.
+// A thread's part of a row as it lies in memory.
 template <class T, class D, int VECS>
 struct Incoming {
   using A = Accumulate<T>;
   static constexpr int N = kPack<T>;
   static constexpr int M = N / kPack<D>;  // packs of grad_output to one of the input: more than one where it is wider
-  uint4 x[VECS], dy[VECS][M];
+  Raw<T> x[VECS];
+  Raw<D> dy[VECS][M];
   A pivot, shift, rstd;
 
-  template <Norm norm, bool ALIGNED = false, class G>
-  __device__ void load(const BackwardArgs& args, int64_t row, int64_t begin, int cols, const G& group) {
+  template <Norm norm, class E, class G>
+  __device__ void load(const BackwardArgs& args, int64_t row, int64_t begin, const E& extent, const G& group) {
     const BackwardParams& p = args.p;
     const T* input = static_cast<const T*>(p.input) + row_offset(p.input_rows, row);
     const D* grad = static_cast<const D*>(p.grad_output) + row_offset(p.grad_output_rows, row) + begin;
-    load_row<ALIGNED>(x, input + begin, cols, args.input_aligned, group);
+    load_row(x, input + begin, extent, args.input_aligned, group);
     if constexpr (M == 1) {
-      uint4 raw[VECS];
-      load_row<ALIGNED>(raw, grad, cols, args.grad_output_aligned, group);
+      Raw<T> raw[VECS];
+      load_row(raw, reinterpret_cast<const T*>(grad), extent, args.grad_output_aligned, group);
 #pragma unroll
       for (int v = 0; v < VECS; ++v) dy[v][0] = raw[v];
     } else {
 #pragma unroll
       for (int v = 0; v < VECS; ++v) {
         A value[N];
-        load_wide<T>(value, grad, v * group.size + group.rank, cols, args.grad_output_aligned);
+        load_wide<T>(value, grad, v * group.size + group.rank, extent.cols, E::kWhole || args.grad_output_aligned);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           A part[kPack<A>];
@@ -67,6 +73,25 @@ struct Incoming {
     rstd = stats[(norm == Norm::layer ? p.rows : 0) + row];
   }
 
+  // Where they wait in shared memory: each thread's apart from the others', its packs group.size apart.
+  static constexpr int kStride = VECS * (1 + M);
+  __device__ void put(Raw<T>* stage, int stride) const {
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+      stage[v * (1 + M) * stride] = x[v];
+#pragma unroll
+      for (int m = 0; m < M; ++m) stage[(v * (1 + M) + 1 + m) * stride] = bits<Raw<T>>(dy[v][m]);
+    }
+  }
+  __device__ void get(const Raw<T>* stage, int stride) {
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+      x[v] = stage[v * (1 + M) * stride];
+#pragma unroll
+      for (int m = 0; m < M; ++m) dy[v][m] = bits<Raw<D>>(stage[(v * (1 + M) + 1 + m) * stride]);
+    }
+  }
+
   __device__ void forget() {
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
@@ -76,11 +101,14 @@ struct Incoming {
     }
   }
 
-  // xhat and grad_output of pack v. Beyond the row's end grad_output is 0, and so is all that is made of it.
+  // xhat and grad_output of pack v.
+  template <Norm norm>
   __device__ void values(int v, A (&xhat)[N], A (&grad)[N]) const {
     unpack<T>(x[v], xhat);
+    const A centre = -shift * rstd;
 #pragma unroll
-    for (int e = 0; e < N; ++e) xhat[e] = multiply_add(xhat[e] - pivot, rstd, -shift * rstd);
+    for (int e = 0; e < N; ++e)
+      xhat[e] = norm == Norm::layer ? multiply_add(xhat[e] - pivot, rstd, centre) : xhat[e] * rstd;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       A part[kPack<D>];
@@ -130,157 +158,275 @@ struct ParamGrads {
   }
 };
 
-// dx = rstd * (g - mean_g - xhat * mean_gx) + grad_sum
-template <class T, class D, int VECS, bool KEEP, class G>
-__device__ inline void write_grad_input(const BackwardArgs& args, const Incoming<T, D, VECS>& in,
-                                        const Params<T, VECS, KEEP>& weight, Accumulate<T> mean_g,
-                                        Accumulate<T> mean_gx, int64_t row, int64_t begin, int cols, const G& group) {
+// A thread's xhat, and grad_output times weight, of a row or a slice of it.
+template <class T, class D, Norm norm, int VECS>
+struct BackwardPart {
   using A = Accumulate<T>;
-  constexpr int N = kPack<T>;
-  const BackwardParams& p = args.p;
-  uint4 raw[VECS];
-  if (p.grad_sum)
-    load_row(raw, static_cast<const T*>(p.grad_sum) + row_offset(p.grad_sum_rows, row) + begin, cols,
-             args.grad_sum_aligned, group);
-#pragma unroll
-  for (int v = 0; v < VECS; ++v) {
-    A xhat[N], grad[N], w[N];
-    in.values(v, xhat, grad);
-    weight.values(v, w, A(1), group);
-#pragma unroll
-    for (int e = 0; e < N; ++e) grad[e] = in.rstd * multiply_add(-xhat[e], mean_gx, multiply(grad[e], w[e]) - mean_g);
-    if (p.grad_sum) {
-      unpack<T>(raw[v], xhat);
-#pragma unroll
-      for (int e = 0; e < N; ++e) grad[e] += xhat[e];
-    }
-    raw[v] = pack<T>(grad);
-  }
-  store_row(static_cast<T*>(p.grad_input) + row * p.cols + begin, raw, cols, args.grad_input_aligned, group);
-}
+  static constexpr int N = kPack<T>;
+  A xhat[VECS][N], g[VECS][N];
+  A rstd;
 
-// A thread's columns of one array of partials, added over the groups of the block in the order of their index.
-template <class T, int VECS, bool MANY>
-__device__ inline void write_partials(Accumulate<T>* out, const Accumulate<T> (&grads)[VECS][kPack<T>],
-                                      Accumulate<T>* shared, int part, int parts, int rank, int size, int cols) {
-  using A = Accumulate<T>;
-  constexpr int N = kPack<T>;
-  const int width = VECS * size * N;
-  if (parts == 1) {
-    if (part < 0) return;
-#pragma unroll
-    for (int v = 0; v < VECS; ++v)
-      store_wide<T>(out, grads[v], v * size + rank, cols, reinterpret_cast<uintptr_t>(out) % 16 == 0);
-    return;
-  }
-  if constexpr (MANY) {
-    __syncthreads();
-    if (part >= 0) {
-#pragma unroll
-      for (int v = 0; v < VECS; ++v)
-#pragma unroll
-        for (int e = 0; e < N; ++e) shared[part * width + (v * size + rank) * N + e] = grads[v][e];
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c < cols; c += blockDim.x) {
-      A sum = 0;
-      for (int i = 0; i < parts; ++i) sum += shared[i * width + c];
-      out[c] = sum;
-    }
-  }
-}
-
-// THREADS is the largest block that is launched. AHEAD: registers suffice to keep the next row's loads in flight;
-// misaligned rows, which need more of them on the way, go without.
-template <class T, class D, Norm norm, int SIZE, int VECS, int THREADS, bool AHEAD>
-__global__ void __launch_bounds__(THREADS, 1) backward_rows(const BackwardArgs args) {
-  using A = Accumulate<T>;
-  constexpr int N = kPack<T>;
-  // Room for the gradients of all groups of a block.
-  constexpr int kRoom = THREADS * VECS * N / (SIZE == kWarps ? 1 : 32 / SIZE);
-  __shared__ __align__(16) A shared[kRoom];
-  __shared__ GroupScratch<A> scratch;
-  Group<A, SIZE> group(args.threads_per_row, &scratch);
-  const BackwardParams& p = args.p;
-  const int cols = static_cast<int>(p.cols);
-  const int64_t stride = int64_t(gridDim.x) * group.count();
-  const A inverse_cols = A(args.inverse_cols);
-
-  Params<T, VECS, AHEAD> weight(p.weight, 0, cols, args.wide_params);
-  weight.load(group);
-  ParamGrads<T, VECS> grads;
-  Incoming<T, D, VECS> in, next;
-  int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
-  const bool ahead = AHEAD && args.all_aligned;
-  if (ahead && row < p.rows) in.template load<norm, true>(args, row, 0, cols, group);
-  for (; row < p.rows; row += stride) {
-    if (ahead) {
-      if (row + stride < p.rows) next.template load<norm, true>(args, row + stride, 0, cols, group);
-    } else {
-      in.template load<norm>(args, row, 0, cols, group);
-    }
-    A sums[2] = {0, 0};
+  // Beyond the row's end grad_output is 0, and so is all that is made of it; whole packs are left out. GRADS: they
+  // are gathered, from pack first of grads on, wanted or not: a branch would cost more. Adds the thread's share of
+  // sum(g) and sum(g * xhat), each in two chains.
+  template <bool GRADS, int EARLY, int ALL, class E, class G>
+  __device__ void take(const Incoming<T, D, VECS>& in, const Param<T, EARLY>& weight, ParamGrads<T, ALL>& grads,
+                       int first, A (&sums)[2], const E& extent, const G& group) {
+    constexpr ParamKind kKind = !E::kWhole                  ? ParamKind::any
+                                : std::is_same<T, D>::value ? ParamKind::narrow
+                                                            : ParamKind::wide;
+    rstd = in.rstd;
+    A part[4] = {sums[0], 0, sums[1], 0};
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
-      A xhat[N], grad[N], w[N];
-      in.values(v, xhat, grad);
-      weight.values(v, w, A(1), group);
-      if (args.param_grads) grads.add(v, xhat, grad);
+      if (E::kWhole && !extent.has(v, group)) continue;
+      in.template values<norm>(v, xhat[v], g[v]);
+      if (GRADS) grads.add(first + v, xhat[v], g[v]);
+      A w[N];
+      weight.template values<kKind>(v, w, A(1), extent, group);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const A g = multiply(grad[e], w[e]);
-        sums[0] += g;
-        sums[1] = multiply_add(g, xhat[e], sums[1]);
+        g[v][e] = multiply(g[v][e], w[e]);
+        if (norm == Norm::layer) part[e % 2] += g[v][e];
+        part[2 + e % 2] = multiply_add(g[v][e], xhat[v][e], part[2 + e % 2]);
       }
     }
+    sums[0] = part[0] + part[1], sums[1] = part[2] + part[3];
+  }
+
+  // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum
+  template <class E, class G>
+  __device__ void write_grad_input(const BackwardArgs& args, const A (&sums)[2], int64_t row, int64_t begin,
+                                   const E& extent, const G& group) {
+    const BackwardParams& p = args.p;
+    const A inverse_cols = A(args.inverse_cols), mean_g = sums[0] * inverse_cols,
+            minus_mean_gx = -sums[1] * inverse_cols;
+    T* const out = static_cast<T*>(p.grad_input) + row * p.cols + begin;
+    Raw<T> raw[VECS];
+    if (p.grad_sum)
+      load_row(raw, static_cast<const T*>(p.grad_sum) + row_offset(p.grad_sum_rows, row) + begin, extent,
+               args.grad_sum_aligned, group);
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+      if (E::kWhole && !extent.has(v, group)) continue;
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        const A centred = norm == Norm::layer ? g[v][e] - mean_g : g[v][e];
+        g[v][e] = rstd * multiply_add(xhat[v][e], minus_mean_gx, centred);
+      }
+      if (p.grad_sum) {
+        A more[N];
+        unpack<T>(raw[v], more);
+#pragma unroll
+        for (int e = 0; e < N; ++e) g[v][e] += more[e];
+      }
+      if (E::kWhole)
+        thread_packs(out, group)[v * group.size] = pack<T>(g[v]);
+      else
+        raw[v] = pack<T>(g[v]);
+    }
+    if (!E::kWhole) store_row(out, raw, extent, args.grad_input_aligned, group);
+  }
+};
+
+// Columns of the slice that begins at column begin.
+__device__ inline int slice_cols(const BackwardArgs& args, int64_t begin) {
+  const int64_t left = args.p.cols - begin;
+  return static_cast<int>(left < args.slice_cols ? left : args.slice_cols);
+}
+
+// A thread's columns of one array of partials.
+template <class T, int VECS, class G>
+__device__ inline void write_partials(Accumulate<T>* out, const Accumulate<T> (&grads)[VECS][kPack<T>], int cols,
+                                      const G& group) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+#pragma unroll
+  for (int v = 0; v < VECS; ++v) store_wide<T>(out, grads[v], v * group.size + group.rank, cols, aligned);
+}
+
+// The same added over the groups of the block, or rather over its warps where several groups share one: in the order
+// of their index, each thread packs of four columns.
+template <int SIZE, class T, int VECS, class G>
+__device__ inline void fold_block(Accumulate<T>* out, const Accumulate<T> (&grads)[VECS][kPack<T>],
+                                  Accumulate<T>* shared, int cols, const G& group) {
+  using A = Accumulate<T>;
+  constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
+  const int parts = group.count() / kTogether, width = VECS * group.size * kPack<T>;
+  if (parts == 1) {
+    if (group.index == 0) write_partials<T>(out, grads, cols, group);
+    return;
+  }
+  __syncthreads();
+  if (group.index % kTogether == 0) write_partials<T>(shared + group.index / kTogether * width, grads, width, group);
+  __syncthreads();
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  for (int i = thread; i * kPack<A> < cols; i += threads) {
+    A sum[kPack<A>] = {};
+    for (int part = 0; part < parts; ++part) {
+      A more[kPack<A>];
+      unpack<A>(reinterpret_cast<const Raw<A>*>(shared + part * width)[i], more);
+#pragma unroll
+      for (int k = 0; k < kPack<A>; ++k) sum[k] += more[k];
+    }
+    store_wide<A>(out, sum, i, cols, aligned);
+  }
+}
+
+// Sums that the blocks of a cluster have each of their part of a row, added up in the order of the blocks: the same
+// bits in all. Halves alternate, so that one barrier is enough.
+template <class A>
+struct ClusterSums {
+  A value[2][kMaxCluster][2];
+
+  __device__ void add(A (&sums)[2], int turn, const Cluster& cluster) {
+    auto& parts = value[turn];
+    if (threadIdx.x < cluster.size) {
+      A* there = cluster.map(parts[blockIdx.x % cluster.size], threadIdx.x);
+      there[0] = sums[0], there[1] = sums[1];
+    }
+    cluster.sync();
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < cluster.size; ++i) sums[0] += parts[i][0], sums[1] += parts[i][1];
+  }
+};
+
+// CLUSTER: the blocks of a cluster share a row, each with a slice of it.
+template <class T, class D, Norm norm, int SIZE, int VECS, bool WHOLE, bool CLUSTER = false>
+__global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const BackwardArgs args) {
+  if constexpr (CLUSTER && !kHasClusters) return;  // no plan comes here
+  using A = Accumulate<T>;
+  constexpr int N = kPack<T>;
+  // Whether registers suffice for the next row too, on its way while this one is reduced, and for what was made of
+  // this one until it is used. Where not, a row is taken from its bytes twice.
+  constexpr bool kAhead = WHOLE && std::is_same<T, D>::value;
+  // Room for the gradients of all groups of a block.
+  constexpr int kRoom = CLUSTER ? 4 : kBackwardThreads * VECS * N / (SIZE == kWarps ? 1 : 32 / SIZE);
+  __shared__ __align__(16) A shared[kRoom];
+  __shared__ GroupScratch<A> scratch;
+  __shared__ ClusterSums<A> cluster_sums;
+  Group<A, SIZE, CLUSTER> group(&scratch);
+  const Cluster cluster(CLUSTER ? args.cluster : 1);
+  const BackwardParams& p = args.p;
+  const int64_t begin = CLUSTER ? blockIdx.x % cluster.size * args.slice_cols : 0;
+  const int cols = CLUSTER ? slice_cols(args, begin) : static_cast<int>(p.cols);
+  const Extent<T, WHOLE, kSurePacks<VECS, WHOLE && !CLUSTER>> extent{cols};
+  const int walker = blockIdx.x / cluster.size;  // the block, or the cluster, among those that walk the rows
+
+  Param<T, 0> weight(p.weight, begin, args.wide_params);
+  weight.load(extent, group);
+  ParamGrads<T, VECS> grads;
+  Incoming<T, D, VECS> in;
+  // The rows of a last, partial round go to as many multiprocessors as there are, those of one warp side by side.
+  constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
+  const int walkers = gridDim.x / cluster.size;
+  const int64_t stride = int64_t(walkers) * group.count();
+  int64_t row = (int64_t(group.index / kTogether) * walkers + walker) * kTogether + group.index % kTogether;
+  if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
+  if (CLUSTER) cluster.sync();  // no block writes to another before that has begun
+  for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {
+    if (!kAhead) in.template load<norm>(args, row, begin, extent, group);
+    BackwardPart<T, D, norm, VECS> part;
+    A sums[2] = {0, 0}, again[2] = {0, 0};
+    part.template take<true>(in, weight, grads, 0, sums, extent, group);
+    if (kAhead && row + stride < p.rows) in.template load<norm>(args, row + stride, begin, extent, group);
     if (p.grad_input) {
       group.sum(sums);
-      in.forget();
-      const A mean_g = norm == Norm::layer ? sums[0] * inverse_cols : A(0);
-      write_grad_input(args, in, weight, mean_g, sums[1] * inverse_cols, row, 0, cols, group);
+      if (CLUSTER) cluster_sums.add(sums, turn, cluster);
+      if (!kAhead) {
+        in.forget();
+        part.template take<false>(in, weight, grads, 0, again, extent, group);
+      }
+      part.write_grad_input(args, sums, row, begin, extent, group);
     }
-    if (ahead) in = next;
   }
   if (!args.param_grads) return;
   grads.template fold_warp<SIZE>();
-  const bool whole = SIZE == kWarps;
-  const int parts = whole ? group.count() : int(blockDim.x) / 32;
-  const int part = whole ? group.index : int(threadIdx.x) % 32 < SIZE ? int(threadIdx.x) / 32 : -1;
-  A* out = static_cast<A*>(args.partials) + int64_t(blockIdx.x) * cols;
-  if (p.grad_weight)
-    write_partials<T, VECS, true>(out, grads.weight, shared, part, parts, group.rank, group.size, cols);
-  out += int64_t(gridDim.x) * cols;
-  if (p.grad_bias) write_partials<T, VECS, true>(out, grads.bias, shared, part, parts, group.rank, group.size, cols);
+  A* out = static_cast<A*>(args.partials) + walker * p.cols + begin;
+  A* const bias_out = out + args.row_blocks * p.cols;
+  if constexpr (CLUSTER) {
+    if (p.grad_weight) write_partials<T>(out, grads.weight, cols, group);
+    if (p.grad_bias) write_partials<T>(bias_out, grads.bias, cols, group);
+  } else {
+    if (p.grad_weight) fold_block<SIZE, T>(out, grads.weight, shared, cols, group);
+    if (p.grad_bias) fold_block<SIZE, T>(bias_out, grads.bias, shared, cols, group);
+  }
+}
+
+// A row a block, in up to SLICES slices: the sums need all of it before the first element is finished, and meanwhile
+// it waits in shared memory as far as that goes. The last slice stays in registers, and what does not fit is read
+// again, from the L2 cache for the most part.
+template <class T, class D, Norm norm, int VECS, int SLICES, bool WHOLE>
+__global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const BackwardArgs args) {
+  if constexpr (kHasClusters && !kIsHost) return;  // they do it better
+  using A = Accumulate<T>;
+  using E = Extent<T, WHOLE, 0>;
+  __shared__ GroupScratch<A> scratch;
+  Group<A, kWarps, true> group(&scratch);
+  const BackwardParams& p = args.p;
+  // What the plan launches, known here so that no register holds it.
+  constexpr int kThreads = kBackwardThreads, kSliceCols = kThreads * VECS * kPack<T>;
+  const int slices = int(args.slices), cols = int(p.cols);
+  Raw<T>* const stage = dynamic_shared<Raw<T>>() + threadIdx.x;
+  ParamGrads<T, SLICES * VECS> grads;
+  const int rows = int(p.rows);  // of so many columns there are no more in any memory
+  for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+    Incoming<T, D, VECS> in;
+    BackwardPart<T, D, norm, VECS> part;
+    A sums[2] = {0, 0}, again[2] = {0, 0};
+#pragma unroll
+    for (int s = 0; s < SLICES; ++s) {
+      if (s >= slices) break;
+      const int begin = s * kSliceCols;
+      const E extent{cols - begin < kSliceCols ? cols - begin : kSliceCols};
+      in.template load<norm>(args, row, begin, extent, group);
+      if (s < args.staged) in.put(stage + s * in.kStride * kThreads, kThreads);
+      const Param<T, 0> weight(p.weight, begin, args.wide_params);
+      part.template take<true>(in, weight, grads, s * VECS, sums, extent, group);
+    }
+    if (!p.grad_input) continue;
+    group.sum(sums);
+#pragma unroll
+    for (int s = SLICES - 1; s >= 0; --s) {
+      if (s >= slices) continue;
+      const int begin = s * kSliceCols;
+      const E extent{cols - begin < kSliceCols ? cols - begin : kSliceCols};
+      if (s < slices - 1) {
+        if (s < args.staged)
+          in.get(stage + s * in.kStride * kThreads, kThreads);
+        else
+          in.template load<norm>(args, row, begin, extent, group);
+        const Param<T, 0> weight(p.weight, begin, args.wide_params);
+        part.template take<false>(in, weight, grads, 0, again, extent, group);
+      }
+      part.write_grad_input(args, sums, row, begin, extent, group);
+    }
+  }
+  if (!args.param_grads) return;
+  A* out = static_cast<A*>(args.partials) + blockIdx.x * p.cols;
+  if (p.grad_weight) write_partials<T>(out, grads.weight, cols, group);
+  out += args.row_blocks * p.cols;
+  if (p.grad_bias) write_partials<T>(out, grads.bias, cols, group);
 }
 
 // Sums of g and g * xhat over slice blockIdx.x of row blockIdx.y + k * gridDim.y.
-template <class T, class D, Norm norm, int VECS>
+template <class T, class D, Norm norm, int VECS, bool WHOLE>
 __global__ void __launch_bounds__(512) backward_slice_sums(const BackwardArgs args) {
   using A = Accumulate<T>;
-  constexpr int N = kPack<T>;
   __shared__ GroupScratch<A> scratch;
-  Group<A, kWarps> group(blockDim.x, &scratch);
+  Group<A, kWarps, true> group(&scratch);
   const BackwardParams& p = args.p;
   const int64_t begin = blockIdx.x * args.slice_cols;
-  const int cols = static_cast<int>(p.cols - begin < args.slice_cols ? p.cols - begin : args.slice_cols);
-  Params<T, VECS, true> weight(p.weight, begin, cols, args.wide_params);
-  weight.load(group);
+  const Extent<T, WHOLE, 0> extent{slice_cols(args, begin)};
+  Param<T, VECS> weight(p.weight, begin, args.wide_params);
+  weight.load(extent, group);
+  ParamGrads<T, VECS> none;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Incoming<T, D, VECS> in;
-    in.template load<norm>(args, row, begin, cols, group);
+    in.template load<norm>(args, row, begin, extent, group);
+    BackwardPart<T, D, norm, VECS> part;
     A sums[2] = {0, 0};
-#pragma unroll
-    for (int v = 0; v < VECS; ++v) {
-      A xhat[N], grad[N], w[N];
-      in.values(v, xhat, grad);
-      weight.values(v, w, A(1), group);
-#pragma unroll
-      for (int e = 0; e < N; ++e) {
-        const A g = multiply(grad[e], w[e]);
-        sums[0] += g;
-        sums[1] = multiply_add(g, xhat[e], sums[1]);
-      }
-    }
+    part.template take<false>(in, weight, none, 0, sums, extent, group);
     group.sum(sums);
     if (group.rank < 2)
       static_cast<A*>(args.sums)[(row * args.slices + blockIdx.x) * 2 + group.rank] = group.rank ? sums[1] : sums[0];
@@ -288,81 +434,83 @@ __global__ void __launch_bounds__(512) backward_slice_sums(const BackwardArgs ar
 }
 
 // Slice blockIdx.x of the rows blockIdx.y + k * gridDim.y.
-template <class T, class D, Norm norm, int VECS>
-__global__ void __launch_bounds__(512, 1) backward_slices(const BackwardArgs args) {
+template <class T, class D, Norm norm, int VECS, bool WHOLE>
+__global__ void __launch_bounds__(kBackwardThreads, 1) backward_slices(const BackwardArgs args) {
   using A = Accumulate<T>;
-  constexpr int N = kPack<T>;
   __shared__ GroupScratch<A> scratch;
-  Group<A, kWarps> group(blockDim.x, &scratch);
+  Group<A, kWarps, true> group(&scratch);
   const BackwardParams& p = args.p;
   const int64_t begin = blockIdx.x * args.slice_cols;
-  const int cols = static_cast<int>(p.cols - begin < args.slice_cols ? p.cols - begin : args.slice_cols);
-  const A inverse_cols = A(args.inverse_cols);
-  Params<T, VECS, true> weight(p.weight, begin, cols, args.wide_params);
-  weight.load(group);
+  const Extent<T, WHOLE, 0> extent{slice_cols(args, begin)};
+  const Param<T, 0> weight(p.weight, begin, args.wide_params);
   ParamGrads<T, VECS> grads;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Incoming<T, D, VECS> in;
-    in.template load<norm>(args, row, begin, cols, group);
-    if (args.param_grads) {
-#pragma unroll
-      for (int v = 0; v < VECS; ++v) {
-        A xhat[N], grad[N];
-        in.values(v, xhat, grad);
-        grads.add(v, xhat, grad);
-      }
-    }
+    in.template load<norm>(args, row, begin, extent, group);
+    BackwardPart<T, D, norm, VECS> part;
+    A ignored[2] = {0, 0}, sums[2] = {0, 0};
+    part.template take<true>(in, weight, grads, 0, ignored, extent, group);
     if (p.grad_input) {
-      A sums[2] = {0, 0};
       const A* parts = static_cast<const A*>(args.sums) + row * args.slices * 2;
       for (int64_t i = group.rank; i < args.slices; i += group.size) {
         sums[0] += parts[2 * i];
         sums[1] += parts[2 * i + 1];
       }
       group.sum(sums);
-      in.forget();
-      const A mean_g = norm == Norm::layer ? sums[0] * inverse_cols : A(0);
-      write_grad_input(args, in, weight, mean_g, sums[1] * inverse_cols, row, begin, cols, group);
+      part.write_grad_input(args, sums, row, begin, extent, group);
     }
   }
   if (!args.param_grads) return;
-  A* out = static_cast<A*>(args.partials) + int64_t(blockIdx.y) * p.cols + begin;
-  if (p.grad_weight) write_partials<T, VECS, false>(out, grads.weight, nullptr, 0, 1, group.rank, group.size, cols);
-  out += int64_t(gridDim.y) * p.cols;
-  if (p.grad_bias) write_partials<T, VECS, false>(out, grads.bias, nullptr, 0, 1, group.rank, group.size, cols);
+  A* out = static_cast<A*>(args.partials) + blockIdx.y * p.cols + begin;
+  if (p.grad_weight) write_partials<T>(out, grads.weight, extent.cols, group);
+  out += args.row_blocks * p.cols;
+  if (p.grad_bias) write_partials<T>(out, grads.bias, extent.cols, group);
 }
 
-// grad_weight (blockIdx.y 0) and grad_bias (1): the sum over row_blocks of partials. A warp takes 32 columns, the
-// warps of a block every so many-th partial, and lane by lane their sums meet in shared memory.
-constexpr int kFoldWarps = 16;
+// grad_weight (blockIdx.y 0) and grad_bias (1): the sum over row_blocks of partials. A thread takes M columns (as many
+// as 16 bytes hold, where those of a partial begin at a multiple of 16), the warps of a block every so many-th partial.
+// All that a thread has to read of up to 128 partials is on its way at once: of small problems this kernel's latency
+// is a good part.
+constexpr int kFoldWarps = 16, kFoldAhead = 8;
 
-template <class A, class P>
+template <class A, class P, int M>
 __global__ void __launch_bounds__(32 * kFoldWarps) fold_partials(const BackwardArgs args) {
-  __shared__ A shared[kFoldWarps][32];
+  constexpr int kColumns = 32 * M;  // of a block
+  __shared__ __align__(16) A shared[kFoldWarps * kColumns];
+  struct __align__(M * sizeof(A)) Columns {
+    A value[M];
+  };
   const BackwardParams& p = args.p;
   P* out = static_cast<P*>(blockIdx.y == 0 ? p.grad_weight : p.grad_bias);
   if (!out) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = int64_t(blockIdx.x) * 32 + lane;
-  A sum = 0;
+  const int64_t first = int64_t(blockIdx.x) * kColumns, column = first + lane * M;
+  const int row_blocks = static_cast<int>(args.row_blocks);
+  Columns sum = {};
   if (column < p.cols) {
-    const A* partials = static_cast<const A*>(args.partials) + int64_t(blockIdx.y) * args.row_blocks * p.cols + column;
-    int64_t i = warp;
-    for (; i + 3 * kFoldWarps < args.row_blocks; i += 4 * kFoldWarps) {
-      A part[4];
+    const A* from = static_cast<const A*>(args.partials) + (blockIdx.y * args.row_blocks + warp) * p.cols + column;
+    const int64_t step = kFoldWarps * p.cols;
+    for (int i = warp; i < row_blocks; i += kFoldWarps * kFoldAhead) {
+      Columns part[kFoldAhead];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) part[k] = partials[(i + k * kFoldWarps) * p.cols];
-      sum += (part[0] + part[1]) + (part[2] + part[3]);
+      for (int k = 0; k < kFoldAhead; ++k, from += step) {
+        part[k] = {};
+        if (i + k * kFoldWarps < row_blocks) part[k] = *reinterpret_cast<const Columns*>(from);
+      }
+#pragma unroll
+      for (int k = 0; k < kFoldAhead; ++k)
+#pragma unroll
+        for (int m = 0; m < M; ++m) sum.value[m] += part[k].value[m];
     }
-    for (; i < args.row_blocks; i += kFoldWarps) sum += partials[i * p.cols];
   }
-  shared[warp][lane] = sum;
+  reinterpret_cast<Columns*>(shared)[warp * 32 + lane] = sum;
   __syncthreads();
-  if (warp == 0 && column < p.cols) {
-    A total = 0;
+  const int c = threadIdx.x;
+  if (c < kColumns && first + c < p.cols) {
+    A part[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int k = 0; k < kFoldWarps; ++k) total += shared[k][lane];
-    out[column] = narrow<P>(total);
+    for (int k = 0; k < kFoldWarps; ++k) part[k % 4] += shared[k * kColumns + c];
+    out[first + c] = narrow<P>((part[0] + part[1]) + (part[2] + part[3]));
   }
 }
 

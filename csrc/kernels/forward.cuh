@@ -1,7 +1,10 @@
-// Forward. A row that fits the registers of one group of threads is read once (forward_rows); a longer one is cut
-// into slices, whose moments one launch leaves in the workspace and whose values the next one normalises
-// (forward_slice_moments, forward_slices): so a single row can fill the device.
+// Forward. A row that fits the registers of one group of threads is read once (forward_rows). A longer one is cut into
+// slices, whose moments are taken one by one and merged. Where rows are many, a block or a cluster of blocks keeps the
+// row in shared memory meanwhile (forward_staged); where they are few, or longer still, one launch leaves the moments
+// in the workspace and the next one normalises (forward_slice_moments, forward_slices), so that a single row can fill
+// the device. Which of the two it is changes no bit.
 #pragma once
+#include "cluster.cuh"
 #include "group.cuh"
 #include "pack.cuh"
 #include "params.h"
@@ -10,12 +13,13 @@ namespace lnc {
 
 struct ForwardArgs {
   ForwardParams p;
-  int threads_per_row;
-  bool even;  // every thread of a group has the same number of elements
+  bool even;   // every thread of a group has the same number of elements
+  bool plain;  // weight and bias are there, and they and the output are as narrow as the data
   bool input_aligned, residual_aligned, sum_aligned, output_aligned;
   bool wide_params, wide_output;  // stored in the accumulation type while the data are narrower
   double inverse_cols;
   int64_t slice_cols, slices;
+  int cluster;  // blocks that share a row
 };
 
 // What a slice leaves behind; the deviation keeps its range where the squares do not.
@@ -25,101 +29,108 @@ struct SliceMoments {
   A deviation;  // sqrt(sum of squared deviations / n)
 };
 
+template <int SIZE>
+constexpr int kForwardThreads = SIZE == kWarps ? 512 : 128;
+// Blocks that a multiprocessor should hold at least: where that spills nothing, what leaves 64 registers a thread, so
+// that rows enough are on their way.
+template <class T, int SIZE, int VECS, bool WHOLE>
+constexpr int kForwardBlocks = !WHOLE || (SIZE == kWarps && sizeof(T) == 2) ? 1
+                               : SIZE == kWarps                             ? 2
+                                                                            : 8;
+template <class T, int VECS>
+constexpr int kEarlyParams = VECS <= 2                    ? VECS
+                             : sizeof(T) == 2 || VECS > 4 ? 0
+                                                          : 2;
+
+// The packs of a row, or of a stretch of it from column begin on, with the residual added; writes the sum if asked to.
+template <class T, int VECS, class E, class G>
+__device__ inline void fetch(Raw<T> (&raw)[VECS], const ForwardArgs& args, int64_t row, int64_t begin, const E& extent,
+                             bool write_sum, const G& group) {
+  constexpr int N = kPack<T>;
+  const ForwardParams& p = args.p;
+  load_row(raw, static_cast<const T*>(p.input) + row_offset(p.input_rows, row) + begin, extent, args.input_aligned,
+           group);
+  if (!p.residual) return;
+  Raw<T> more[VECS];
+  load_row(more, static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row) + begin, extent,
+           args.residual_aligned, group);
+#pragma unroll
+  for (int v = 0; v < VECS; ++v) {
+    Accumulate<T> a[N], b[N];
+    unpack<T>(raw[v], a);
+    unpack<T>(more[v], b);
+#pragma unroll
+    for (int e = 0; e < N; ++e) a[e] += b[e];
+    raw[v] = pack<T>(a);
+  }
+  if (write_sum) store_row(static_cast<T*>(p.sum) + row * p.cols + begin, raw, extent, args.sum_aligned, group);
+}
+
+template <class T, Norm norm>
+__device__ inline Accumulate<T> pivot_of(const ForwardArgs& args, int64_t row) {
+  using A = Accumulate<T>;
+  if (norm == Norm::rms) return A(0);
+  const ForwardParams& p = args.p;
+  const A first = widen(static_cast<const T*>(p.input)[row_offset(p.input_rows, row)]);
+  if (!p.residual) return first;
+  return widen(narrow<T>(first + widen(static_cast<const T*>(p.residual)[row_offset(p.residual_rows, row)])));
+}
+
 // A thread's part of a row (or of a slice of it) as deviations from the row's pivot.
-template <class T, Norm norm, int SIZE, int VECS>
+template <class T, Norm norm, int VECS, class E>
 struct RowPart {
   using A = Accumulate<T>;
   static constexpr int N = kPack<T>;
   A d[VECS][N];
-  A pivot;
+  const E& extent;
 
-  // cols elements from column begin on; adds the residual and writes the sum where there is one.
-  template <class G>
-  __device__ void load(const ForwardArgs& args, int64_t row, int64_t begin, int cols, bool write_sum, const G& group) {
-    const ForwardParams& p = args.p;
-    const T* first = static_cast<const T*>(p.input) + row_offset(p.input_rows, row);
-    uint4 raw[VECS];
-    load_row(raw, first + begin, cols, args.input_aligned, group);
-    pivot = norm == Norm::layer ? A(widen(*first)) : A(0);
-    if (p.residual) {
-      const T* other = static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row);
-      uint4 more[VECS];
-      load_row(more, other + begin, cols, args.residual_aligned, group);
-      if (norm == Norm::layer) pivot = widen(narrow<T>(pivot + widen(*other)));
-#pragma unroll
-      for (int v = 0; v < VECS; ++v) {
-        A a[N], b[N];
-        unpack<T>(raw[v], a);
-        unpack<T>(more[v], b);
-#pragma unroll
-        for (int e = 0; e < N; ++e) a[e] += b[e];
-        raw[v] = pack<T>(a);
-      }
-      if (write_sum) store_row(static_cast<T*>(p.sum) + row * p.cols + begin, raw, cols, args.sum_aligned, group);
-    }
+  __device__ explicit RowPart(const E& extent) : extent(extent) {}
+
+  __device__ void take(const Raw<T> (&raw)[VECS], A pivot) {
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       unpack<T>(raw[v], d[v]);
+      if (norm == Norm::layer) {
 #pragma unroll
-      for (int e = 0; e < N; ++e) d[v][e] -= pivot;
-    }
-  }
-
-  // Calls f(value) for each element that lies before cols; only the pack across the end looks at every one.
-  template <class G, class F>
-  __device__ void each(int cols, const G& group, F f) const {
-#pragma unroll
-    for (int v = 0; v < VECS; ++v) {
-      const int left = cols - (v * group.size + group.rank) * N;
-      if (left >= N) {
-#pragma unroll
-        for (int e = 0; e < N; ++e) f(d[v][e]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < N; ++e)
-          if (e < left) f(d[v][e]);
+        for (int e = 0; e < N; ++e) d[v][e] -= pivot;
       }
     }
   }
 
-  template <class G>
-  __device__ int count(int cols, const G& group) const {
-    int n = 0;
+  // The sum of f(d) over the elements that exist, in four chains.
+  template <class G, class F>
+  __device__ A sum(const G& group, F f) const {
+    A part[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int v = 0; v < VECS; ++v) {
-      const int left = cols - (v * group.size + group.rank) * N;
-      n += left >= N ? N : left > 0 ? left : 0;
-    }
-    return n;
+    for (int v = 0; v < VECS; ++v) extent.each(v, group, [&](int e) { f(part[e % 4], d[v][e]); });
+    return N == 2 ? part[0] + part[1] : (part[0] + part[1]) + (part[2] + part[3]);
   }
 
   // Of all the group's parts: mean from the pivot (0 for rms) and sum of squared deviations from it.
   template <class G>
-  __device__ Moments<A> moments(int cols, bool even, G& group) const {
+  __device__ Moments<A> moments(bool even, A inverse_cols, G& group) const {
     if constexpr (norm == Norm::rms) {
-      A squares[1] = {0};
-      each(cols, group, [&](A x) { squares[0] = multiply_add(x, x, squares[0]); });
+      A squares[1] = {sum(group, [](A& total, A x) { total = multiply_add(x, x, total); })};
       group.sum(squares);
-      return {A(cols), A(0), squares[0]};
+      return {A(0), A(0), squares[0]};
     } else {
-      const A n = even ? A(VECS * N) : A(count(cols, group));
-      A sum = 0;
-      each(cols, group, [&](A x) { sum += x; });
-      const A mean = n > A(0) ? sum * divide(A(1), n) : A(0);
-      A m2 = 0;
-      each(cols, group, [&](A x) { m2 = multiply_add(x - mean, x - mean, m2); });
-      return group.merge(Moments<A>{n, mean, m2}, even);
+      constexpr int kAll = VECS * N;
+      const A n = even ? A(kAll) : A(extent.template count<VECS>(group));
+      const A inverse = even ? A(1) / A(kAll) : n > A(0) ? divide(A(1), n) : A(0);
+      const A total = sum(group, [](A& total, A x) { total += x; });
+      const A mean = total * inverse;
+      const A m2 = sum(group, [&](A& total, A x) { total = multiply_add(x - mean, x - mean, total); });
+      return even ? group.template merge_equal<kAll>(total, m2, inverse_cols) : group.merge(Moments<A>{n, mean, m2});
     }
   }
 
   // The sum of squared deviations from mean with everything scaled by a power of two.
   template <class G>
-  __device__ A scaled_squares(int cols, A mean, A scale, G& group) const {
-    A squares[1] = {0};
-    each(cols, group, [&](A x) {
+  __device__ A scaled_squares(A mean, A scale, G& group) const {
+    A squares[1] = {sum(group, [&](A& total, A x) {
       const A t = (x - mean) * scale;
-      squares[0] = multiply_add(t, t, squares[0]);
-    });
+      total = multiply_add(t, t, total);
+    })};
     group.sum(squares);
     return squares[0];
   }
@@ -142,45 +153,46 @@ __device__ inline A rescued_rstd(A scaled_variance, A eps, A scale) {
   return v == A(0) ? A(0) : scale * inverse_sqrt(v);
 }
 
-// Parameters wait in registers beside up to 4 packs of a row; beside more they come in two halves, since whole they
-// would push it out.
-template <int VECS>
-constexpr int kParamPacks = VECS > 4 ? VECS / 2 : VECS;
-template <class T, int VECS>
-using ForwardParam = Params<T, kParamPacks<VECS>, true>;
-
 // y = xhat * weight + bias, written to the output. Leaves nothing of d.
-template <class T, Norm norm, int SIZE, int VECS, class G>
-__device__ inline void finish_row(RowPart<T, norm, SIZE, VECS>& x, ForwardParam<T, VECS>& weight,
-                                  ForwardParam<T, VECS>& bias, Accumulate<T> shift, Accumulate<T> rstd,
-                                  const ForwardArgs& args, int64_t row, int64_t begin, int cols, bool write,
-                                  const G& group) {
+template <bool PLAIN, class T, Norm norm, int VECS, class E, int EARLY, class G>
+__device__ inline void write_output(RowPart<T, norm, VECS, E>& x, const Param<T, EARLY>& weight,
+                                    const Param<T, EARLY>& bias, Accumulate<T> shift, Accumulate<T> rstd,
+                                    const ForwardArgs& args, int64_t offset, const G& group) {
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
-  const ForwardParams& p = args.p;
+  constexpr ParamKind kKind = PLAIN ? ParamKind::narrow : ParamKind::any;
+  const E& extent = x.extent;
   const A centre = -shift * rstd;
+  Raw<T> raw[VECS];
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
-    constexpr int kept = kParamPacks<VECS>;
-    if (v > 0 && v % kept == 0) weight.load(group, v), bias.load(group, v);
+    if (E::kWhole && !extent.has(v, group)) continue;
     A w[N], b[N];
-    weight.values(v % kept, w, A(1), group);
-    bias.values(v % kept, b, A(0), group);
+    weight.template values<kKind>(v, w, A(1), extent, group);
+    bias.template values<kKind>(v, b, A(0), extent, group);
 #pragma unroll
     for (int e = 0; e < N; ++e) x.d[v][e] = multiply_add(multiply_add(x.d[v][e], rstd, centre), w[e], b[e]);
+    if (!PLAIN && args.wide_output)
+      store_wide<T>(static_cast<A*>(args.p.output) + offset, x.d[v], v * group.size + group.rank, extent.cols,
+                    E::kWhole || args.output_aligned);
+    else if (E::kWhole)
+      thread_packs(static_cast<T*>(args.p.output) + offset, group)[v * group.size] = pack<T>(x.d[v]);
+    else
+      raw[v] = pack<T>(x.d[v]);
   }
-  if (!write) return;
-  const int64_t offset = row * p.cols + begin;
-  if (args.wide_output) {
-#pragma unroll
-    for (int v = 0; v < VECS; ++v)
-      store_wide<T>(static_cast<A*>(p.output) + offset, x.d[v], v * group.size + group.rank, cols, args.output_aligned);
-  } else {
-    uint4 raw[VECS];
-#pragma unroll
-    for (int v = 0; v < VECS; ++v) raw[v] = pack<T>(x.d[v]);
-    store_row(static_cast<T*>(p.output) + offset, raw, cols, args.output_aligned, group);
-  }
+  if (!E::kWhole && (PLAIN || !args.wide_output))
+    store_row(static_cast<T*>(args.p.output) + offset, raw, extent, args.output_aligned, group);
+}
+
+template <class T, Norm norm, int VECS, class E, int EARLY, class G>
+__device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, const Param<T, EARLY>& weight,
+                                  const Param<T, EARLY>& bias, Accumulate<T> shift, Accumulate<T> rstd,
+                                  const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
+  const int64_t offset = row * args.p.cols + begin;
+  if (args.plain)
+    write_output<true>(x, weight, bias, shift, rstd, args, offset, group);
+  else
+    write_output<false>(x, weight, bias, shift, rstd, args, offset, group);
 }
 
 template <Norm norm, class A>
@@ -192,77 +204,79 @@ __device__ inline void save_stats(const ForwardParams& p, int64_t row, A shift, 
 }
 
 // A row a group, the row in the group's registers.
-template <class T, Norm norm, int SIZE, int VECS>
-__global__ void __launch_bounds__(SIZE == kWarps ? 512 : 128) forward_rows(const ForwardArgs args) {
+template <class T, Norm norm, int SIZE, int VECS, bool WHOLE>
+__global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE, VECS, WHOLE>)
+    forward_rows(const ForwardArgs args) {
   using A = Accumulate<T>;
   __shared__ GroupScratch<A> scratch;
-  Group<A, SIZE> group(args.threads_per_row, &scratch);
+  Group<A, SIZE, SIZE == kWarps> group(&scratch);
   const ForwardParams& p = args.p;
-  const int64_t mine = int64_t(blockIdx.x) * group.count() + group.index;
-  const bool active = mine < p.rows;  // a group without a row repeats the last one and writes nothing
-  const int64_t row = active ? mine : p.rows - 1;
-  const int cols = static_cast<int>(p.cols);
+  const int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
+  if (row >= p.rows) return;
+  const Extent<T, WHOLE, kSurePacks<VECS, WHOLE>> extent{static_cast<int>(p.cols)};
 
-  RowPart<T, norm, SIZE, VECS> x;
-  x.load(args, row, 0, cols, active, group);
-  ForwardParam<T, VECS> weight(p.weight, 0, cols, args.wide_params);
-  weight.load(group);
-  ForwardParam<T, VECS> bias(p.bias, 0, cols, args.wide_params);
-  bias.load(group);
+  Raw<T> raw[VECS];
+  fetch<T>(raw, args, row, 0, extent, true, group);
+  const A pivot = pivot_of<T, norm>(args, row);
+  Param<T, kEarlyParams<T, VECS>> weight(p.weight, 0, args.wide_params), bias(p.bias, 0, args.wide_params);
+  weight.load(extent, group);
+  bias.load(extent, group);
+  RowPart<T, norm, VECS, decltype(extent)> x(extent);
+  x.take(raw, pivot);
 
-  const Moments<A> m = x.moments(cols, args.even, group);
   const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
+  const Moments<A> m = x.moments(args.even, inverse_cols, group);
   const A variance = m.m2 * inverse_cols + eps;
   A rstd;
   if (in_range(variance)) {
     rstd = inverse_sqrt(variance);
   } else {
     const A scale = rescue_scale(variance);
-    rstd = rescued_rstd(x.scaled_squares(cols, m.mean, scale, group) * inverse_cols, eps, scale);
+    rstd = rescued_rstd(x.scaled_squares(m.mean, scale, group) * inverse_cols, eps, scale);
   }
-  if (group.rank == 0 && active) save_stats<norm>(p, row, m.mean, rstd);
-  finish_row(x, weight, bias, m.mean, rstd, args, row, 0, cols, active, group);
+  if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
+  finish_row(x, weight, bias, m.mean, rstd, args, row, 0, group);
 }
 
-// Moments of slice blockIdx.x of row blockIdx.y + k * gridDim.y.
-template <class T, Norm norm, int VECS>
-__global__ void __launch_bounds__(512) forward_slice_moments(const ForwardArgs args) {
-  using A = Accumulate<T>;
-  __shared__ GroupScratch<A> scratch;
-  Group<A, kWarps> group(blockDim.x, &scratch);
-  const ForwardParams& p = args.p;
-  const int64_t begin = blockIdx.x * args.slice_cols;
-  const int cols = static_cast<int>(p.cols - begin < args.slice_cols ? p.cols - begin : args.slice_cols);
-  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    RowPart<T, norm, kWarps, VECS> x;
-    x.load(args, row, begin, cols, true, group);
-    const Moments<A> m = x.moments(cols, cols == VECS * kPack<T> * int(blockDim.x), group);
-    A variance = m.m2 / A(cols), scale = A(1);
-    if (!in_range(variance)) {
-      scale = rescue_scale(variance);
-      variance = x.scaled_squares(cols, m.mean, scale, group) / A(cols);
-    }
-    if (group.rank == 0)
-      static_cast<SliceMoments<A>*>(p.workspace)[row * args.slices + blockIdx.x] = {m.mean, sqrt(variance) / scale};
+// ---- rows in slices ---------------------------------------------------------------------------------------------
+
+// Where slice number i of a row begins and ends.
+struct Slice {
+  int64_t begin;
+  int cols;
+  __device__ Slice(const ForwardArgs& args, int64_t i) : begin(i * args.slice_cols) {
+    const int64_t left = args.p.cols - begin;
+    cols = static_cast<int>(left < args.slice_cols ? left : args.slice_cols);
   }
+};
+
+template <class T, Norm norm, int VECS, class E, class G>
+__device__ inline SliceMoments<Accumulate<T>> slice_moments(const RowPart<T, norm, VECS, E>& x, G& group) {
+  using A = Accumulate<T>;
+  const int cols = x.extent.cols;
+  const A inverse = A(1) / A(cols);
+  const Moments<A> m = x.moments(cols == VECS * kPack<T> * group.size, inverse, group);
+  A variance = m.m2 * inverse, scale = A(1);
+  if (!in_range(variance)) {
+    scale = rescue_scale(variance);
+    variance = x.scaled_squares(m.mean, scale, group) * inverse;
+  }
+  return {m.mean, sqrt(variance) / scale};
 }
 
 // The row's shift and rstd from its slices' moments, the same in every thread and every block that asks.
-template <class T, Norm norm, class G>
-__device__ inline void merge_slices(const ForwardArgs& args, int64_t row, Accumulate<T>& shift, Accumulate<T>& rstd,
+template <class A, class G>
+__device__ inline void merge_slices(const SliceMoments<A>* slices, const ForwardArgs& args, A& shift, A& rstd,
                                     G& group) {
-  using A = Accumulate<T>;
   const ForwardParams& p = args.p;
-  const SliceMoments<A>* slices = static_cast<const SliceMoments<A>*>(p.workspace) + row * args.slices;
   auto merged = [&](A scale) {
     Moments<A> m = {0, 0, 0};
     for (int64_t i = group.rank; i < args.slices; i += group.size) {
-      const int64_t left = p.cols - i * args.slice_cols;
-      const A n = A(left < args.slice_cols ? left : args.slice_cols);
+      const A n = A(Slice(args, i).cols);
       const A deviation = slices[i].deviation * scale;
       m = merge(m, Moments<A>{n, slices[i].mean * scale, n * deviation * deviation});
     }
-    return group.merge(m, false);
+    return group.merge(m);
   };
   const Moments<A> m = merged(A(1));
   const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
@@ -276,25 +290,95 @@ __device__ inline void merge_slices(const ForwardArgs& args, int64_t row, Accumu
   }
 }
 
-template <class T, Norm norm, int VECS>
+// Moments of slice blockIdx.x of row blockIdx.y + k * gridDim.y.
+template <class T, Norm norm, int VECS, bool WHOLE>
+__global__ void __launch_bounds__(512) forward_slice_moments(const ForwardArgs args) {
+  using A = Accumulate<T>;
+  __shared__ GroupScratch<A> scratch;
+  Group<A, kWarps, true> group(&scratch);
+  const Slice slice(args, blockIdx.x);
+  const Extent<T, WHOLE, 0> extent{slice.cols};
+  for (int64_t row = blockIdx.y; row < args.p.rows; row += gridDim.y) {
+    Raw<T> raw[VECS];
+    fetch<T>(raw, args, row, slice.begin, extent, true, group);
+    RowPart<T, norm, VECS, decltype(extent)> x(extent);
+    x.take(raw, pivot_of<T, norm>(args, row));
+    const SliceMoments<A> m = slice_moments(x, group);
+    if (group.rank == 0) static_cast<SliceMoments<A>*>(args.p.workspace)[row * args.slices + blockIdx.x] = m;
+  }
+}
+
+template <class T, Norm norm, int VECS, bool WHOLE>
 __global__ void __launch_bounds__(512) forward_slices(const ForwardArgs args) {
   using A = Accumulate<T>;
   __shared__ GroupScratch<A> scratch;
-  Group<A, kWarps> group(blockDim.x, &scratch);
+  Group<A, kWarps, true> group(&scratch);
   const ForwardParams& p = args.p;
-  const int64_t begin = blockIdx.x * args.slice_cols;
-  const int cols = static_cast<int>(p.cols - begin < args.slice_cols ? p.cols - begin : args.slice_cols);
+  const Slice slice(args, blockIdx.x);
+  const Extent<T, WHOLE, 0> extent{slice.cols};
+  const Param<T, 0> weight(p.weight, slice.begin, args.wide_params), bias(p.bias, slice.begin, args.wide_params);
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    RowPart<T, norm, kWarps, VECS> x;
-    x.load(args, row, begin, cols, false, group);
-    ForwardParam<T, VECS> weight(p.weight, begin, cols, args.wide_params);
-    weight.load(group);
-    ForwardParam<T, VECS> bias(p.bias, begin, cols, args.wide_params);
-    bias.load(group);
+    Raw<T> raw[VECS];
+    fetch<T>(raw, args, row, slice.begin, extent, false, group);
+    RowPart<T, norm, VECS, decltype(extent)> x(extent);
+    x.take(raw, pivot_of<T, norm>(args, row));
     A shift, rstd;
-    merge_slices<T, norm>(args, row, shift, rstd, group);
+    merge_slices(static_cast<const SliceMoments<A>*>(p.workspace) + row * args.slices, args, shift, rstd, group);
     if (group.rank == 0 && blockIdx.x == 0) save_stats<norm>(p, row, shift, rstd);
-    finish_row(x, weight, bias, shift, rstd, args, row, begin, cols, true, group);
+    finish_row(x, weight, bias, shift, rstd, args, row, slice.begin, group);
+  }
+}
+
+// A row a cluster of args.cluster blocks (one is enough for what its shared memory holds), whose blocks take slices in
+// turn. A thread finds in shared memory only what it has put there itself; only the moments are shared.
+template <class T, Norm norm, int VECS, bool WHOLE>
+__global__ void __launch_bounds__(512) forward_staged(const ForwardArgs args) {
+  using A = Accumulate<T>;
+  using E = Extent<T, WHOLE, 0>;
+  __shared__ GroupScratch<A> scratch;
+  __shared__ SliceMoments<A> moments[kMaxStagedSlices];
+  Raw<T>* const stage = dynamic_shared<Raw<T>>() + threadIdx.x;
+  Group<A, kWarps, true> group(&scratch);
+  const ForwardParams& p = args.p;
+  const Cluster cluster(args.cluster);
+  const int64_t row = blockIdx.x / args.cluster;
+  const int first = int(blockIdx.x % args.cluster), slices = int(args.slices);
+  const A pivot = pivot_of<T, norm>(args, row);
+
+  cluster.arrive();
+  Raw<T>* kept = stage;
+  Raw<T> raw[VECS];
+  Slice slice(args, first);
+  fetch<T>(raw, args, row, slice.begin, E{slice.cols}, true, group);
+  cluster.wait();  // no block writes to another before that has begun
+  for (int i = first; i < slices; i += args.cluster) {
+    const E extent{slice.cols};
+    RowPart<T, norm, VECS, E> x(extent);
+    x.take(raw, pivot);
+#pragma unroll
+    for (int v = 0; v < VECS; ++v, kept += group.size) *kept = raw[v];
+    if (i + args.cluster < slices) {  // on its way while this one is reduced
+      slice = Slice(args, i + args.cluster);
+      fetch<T>(raw, args, row, slice.begin, E{slice.cols}, true, group);
+    }
+    const SliceMoments<A> m = slice_moments(x, group);
+    if (group.rank < args.cluster) *cluster.map(&moments[i], group.rank) = m;
+  }
+  cluster.sync();
+  A shift, rstd;
+  merge_slices(moments, args, shift, rstd, group);
+  if (group.rank == 0 && first == 0) save_stats<norm>(p, row, shift, rstd);
+
+  kept = stage;
+  for (int i = first; i < slices; i += args.cluster) {
+#pragma unroll
+    for (int v = 0; v < VECS; ++v, kept += group.size) raw[v] = *kept;
+    const Slice here(args, i);
+    const E extent{here.cols};
+    RowPart<T, norm, VECS, E> x(extent);
+    x.take(raw, pivot);
+    const Param<T, 0> weight(p.weight, here.begin, args.wide_params), bias(p.bias, here.begin, args.wide_params);
+    finish_row(x, weight, bias, shift, rstd, args, row, here.begin, group);
   }
 }
 

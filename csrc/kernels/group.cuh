@@ -15,14 +15,33 @@ __device__ inline void group_barrier(int id, int threads) {
 }
 #endif
 
+// The value of the lane whose number differs in bit OFFSET, among WIDTH lanes. __shfl_xor_sync moves every constant
+// into a register first.
+template <int OFFSET, int WIDTH, class A>
+__device__ inline A exchange(A v, unsigned mask) {
+#ifndef LNC_HOST_EXECUTION
+  if constexpr (sizeof(A) == 4) {
+    float other;
+    if constexpr (WIDTH == 32)
+      asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(other) : "f"(v), "n"(OFFSET));
+    else
+      asm volatile("shfl.sync.bfly.b32 %0, %1, %2, %3, %4;"
+                   : "=f"(other)
+                   : "f"(v), "n"(OFFSET), "n"((32 - WIDTH) << 8 | 31), "r"(mask));
+    return other;
+  }
+#endif
+  return __shfl_xor_sync(mask, v, OFFSET, WIDTH);
+}
+
 template <class A>
 struct GroupScratch {
   A value[2][kMaxWarps][3];
 };
 
-// SIZE threads of a warp (a power of two), or kWarps. Every thread of a group must make the same calls; results are
-// the same bits in all of them.
-template <class A, int SIZE>
+// The threads of a block with one threadIdx.y: SIZE threads of a warp (a power of two), or kWarps. Every thread of a
+// group must make the same calls; results are the same bits in all of them. ALONE: the group is the block.
+template <class A, int SIZE, bool ALONE = false>
 struct Group {
   static constexpr int kWidth = SIZE == kWarps ? 32 : SIZE;
   int size;   // threads
@@ -32,102 +51,121 @@ struct Group {
   GroupScratch<A>* scratch;
   int turn = 0;  // which half of the scratch: one barrier a reduction is enough when two alternate
 
-  __device__ Group(int threads, GroupScratch<A>* s) : scratch(s) {
-    size = SIZE == kWarps ? threads : SIZE;
-    index = SIZE == kWarps && size == int(blockDim.x) ? 0 : int(threadIdx.x) / size;
-    rank = int(threadIdx.x) - index * size;
-    mask = kWidth == 32 ? 0xffffffffu : ((1u << (kWidth % 32)) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
+  __device__ explicit Group(GroupScratch<A>* s) : scratch(s) {
+    size = SIZE == kWarps ? int(blockDim.x) : SIZE;
+    index = ALONE ? 0 : int(threadIdx.y);
+    rank = int(threadIdx.x);
+    constexpr unsigned kLanes = kWidth == 32 ? 0xffffffffu : (1u << (kWidth % 32)) - 1;
+    mask = kLanes << (kWidth == 32 ? 0 : index * kWidth % 32);
   }
 
-  __device__ int count() const { return int(blockDim.x) / size; }
+  __device__ int count() const { return ALONE ? 1 : int(blockDim.y); }
   __device__ int lane() const { return rank % kWidth; }
+  __device__ void sync() const {
+    if constexpr (ALONE)
+      __syncthreads();
+    else
+      group_barrier(index + 1, size);
+  }
 
   // Component-wise sums over the group.
   template <int K>
   __device__ void sum(A (&v)[K]) {
-    within_warp(v, kWidth);
-    if constexpr (SIZE == kWarps) {
-      if (size == 32) return;
-      const int warps = size / 32, first = index * warps;
-      auto& values = scratch->value[turn];
-      turn ^= 1;
-      if (lane() < K) values[first + rank / 32][lane()] = pick(v, lane());
-      group_barrier(index + 1, size);
-      const int part = lane() % span(warps);
+    butterfly<kWidth>([&](auto offset) { add<decltype(offset)::value>(v); });
+    if (SIZE != kWarps || size == 32) return;
+    const A* parts = share(v);
+    const bool here = parts != nullptr;
 #pragma unroll
-      for (int k = 0; k < K; ++k) v[k] = part < warps ? values[first + part][k] : A(0);
-      within_warp(v, warps);
-    }
+    for (int k = 0; k < K; ++k) v[k] = here ? parts[k] : A(0);
+    across_warps([&](auto offset) { add<decltype(offset)::value>(v); });
   }
 
-  // The group's moments from its threads'. even: every thread has the same count.
-  __device__ Moments<A> merge(Moments<A> m, bool even) {
-    m = even ? within_warp_equal(m) : within_warp(m, kWidth);
-    if constexpr (SIZE == kWarps) {
-      if (size == 32) return m;
-      const int warps = size / 32, first = index * warps;
-      auto& values = scratch->value[turn];
-      turn ^= 1;
-      if (lane() == 0) {
-        A* mine = values[first + rank / 32];
-        mine[0] = m.n, mine[1] = m.mean, mine[2] = m.m2;
-      }
-      group_barrier(index + 1, size);
-      const int part = lane() % span(warps);
-      const bool here = part < warps;
-      const A* theirs = values[first + (here ? part : 0)];
-      m = {here ? theirs[0] : A(0), here ? theirs[1] : A(0), here ? theirs[2] : A(0)};
-      m = within_warp(m, warps);
+  // The group's moments from its threads'.
+  __device__ Moments<A> merge(Moments<A> m) {
+    butterfly<kWidth>([&](auto offset) { m = merged<decltype(offset)::value>(m); });
+    if (SIZE != kWarps || size == 32) return m;
+    return merge_warps(m);
+  }
+
+  // The same where every thread has N values, from their sum and squared deviations. inverse: 1 / (N * size).
+  template <int N>
+  __device__ Moments<A> merge_equal(A sum, A m2, A inverse) {
+    EqualMoments<A> m = {sum, m2, A(0.5) / A(N)};
+    auto meet = [&](auto offset) {
+      constexpr int lanes = decltype(offset)::value;
+      m.merge(exchange<lanes, kWidth>(m.sum, mask), exchange<lanes, kWidth>(m.m2, mask));
+    };
+    butterfly<kWidth>(meet);
+    if (SIZE == kWarps && size != 32) {
+      const int warps = size / 32;
+      if (warps & (warps - 1)) return merge_warps(Moments<A>{A(32 * N), m.sum * (A(1) / A(32 * N)), m.m2});
+      const A v[2] = {m.sum, m.m2};
+      const A* parts = share(v);  // never null
+      m.sum = parts[0], m.m2 = parts[1];
+      across_warps(meet);
     }
-    return m;
+    return {A(N) * A(size), m.sum * inverse, m.m2};
   }
 
  private:
-  // The power of two that holds so many warps' parts: every stretch of so many lanes adds up all of them.
-  __device__ static int span(int warps) {
-    int lanes = 1;
-    while (lanes < warps) lanes *= 2;
-    return lanes;
-  }
-
-  __device__ A exchange(A v, int offset) const { return __shfl_xor_sync(mask, v, offset, kWidth); }
-
-  template <int K>
-  __device__ static A pick(const A (&v)[K], int i) {
-    A value = v[0];
-#pragma unroll
-    for (int k = 1; k < K; ++k) value = i == k ? v[k] : value;
-    return value;
-  }
-
-  template <int K>
-  __device__ void within_warp(A (&v)[K], int lanes) const {
-#pragma unroll
-    for (int offset = 1; offset < kWidth; offset *= 2) {
-      if (offset >= lanes) break;
-#pragma unroll
-      for (int k = 0; k < K; ++k) v[k] += exchange(v[k], offset);
+  // Calls step(offset) for 1, 2, 4 ... below LANES, known at compile time.
+  template <int LANES, int OFFSET = 1, class F>
+  __device__ static void butterfly(F step) {
+    if constexpr (OFFSET < LANES) {
+      step(std::integral_constant<int, OFFSET>{});
+      butterfly<LANES, 2 * OFFSET>(step);
     }
   }
 
-  __device__ Moments<A> within_warp_equal(Moments<A> m) const {
+  // The same among the lanes that hold the warps' parts.
+  template <int OFFSET = 1, class F>
+  __device__ void across_warps(F step) const {
+    if constexpr (OFFSET < kMaxWarps)
+      if (OFFSET < size / 32) {
+        step(std::integral_constant<int, OFFSET>{});
+        across_warps<2 * OFFSET>(step);
+      }
+  }
+
+  // Leaves the warp's part where the others see it; the part of warp number lane, or null where there is no such warp.
+  // As many lanes as the next power of two hold one each, over and over.
+  template <int K>
+  __device__ const A* share(const A (&v)[K]) {
+    const int warps = size / 32, first = index * warps;
+    auto& values = scratch->value[turn];
+    turn ^= 1;
+    if (lane() == 0) {
 #pragma unroll
-    for (int offset = 1; offset < kWidth; offset *= 2)
-      m = merge_equal(m, Moments<A>{m.n, exchange(m.mean, offset), exchange(m.m2, offset)});
+      for (int k = 0; k < K; ++k) values[first + rank / 32][k] = v[k];
+    }
+    sync();
+    const int span = 1 << (32 - __clz(warps - 1)), part = lane() & (span - 1);
+    return part < warps ? values[first + part] : nullptr;
+  }
+
+  __device__ Moments<A> merge_warps(const Moments<A>& warp) {
+    const A v[3] = {warp.n, warp.mean, warp.m2};
+    const A* parts = share(v);
+    Moments<A> m = {0, 0, 0};
+    if (parts) m = {parts[0], parts[1], parts[2]};
+    across_warps([&](auto offset) { m = merged<decltype(offset)::value>(m); });
     return m;
+  }
+
+  template <int OFFSET, int K>
+  __device__ void add(A (&v)[K]) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] += exchange<OFFSET, kWidth>(v[k], mask);
   }
 
   // The lower lane's part comes first on both sides of an exchange, so that both get the same bits.
-  __device__ Moments<A> within_warp(Moments<A> m, int lanes) const {
-#pragma unroll
-    for (int offset = 1; offset < kWidth; offset *= 2) {
-      if (offset >= lanes) break;
-      const Moments<A> other = {exchange(m.n, offset), exchange(m.mean, offset), exchange(m.m2, offset)};
-      const bool upper = rank & offset;
-      m = lnc::merge(Moments<A>{upper ? other.n : m.n, upper ? other.mean : m.mean, upper ? other.m2 : m.m2},
-                     Moments<A>{upper ? m.n : other.n, upper ? m.mean : other.mean, upper ? m.m2 : other.m2});
-    }
-    return m;
+  template <int OFFSET>
+  __device__ Moments<A> merged(const Moments<A>& m) const {
+    const Moments<A> other = {exchange<OFFSET, kWidth>(m.n, mask), exchange<OFFSET, kWidth>(m.mean, mask),
+                              exchange<OFFSET, kWidth>(m.m2, mask)};
+    const bool upper = rank & OFFSET;
+    return lnc::merge(Moments<A>{upper ? other.n : m.n, upper ? other.mean : m.mean, upper ? other.m2 : m.m2},
+                      Moments<A>{upper ? m.n : other.n, upper ? m.mean : other.mean, upper ? m.m2 : other.m2});
   }
 };
 

@@ -1,7 +1,11 @@
-// By data type; plans and their workspace. No kernel is instantiated here.
+// By data type; plans and their workspace. The kernels are instantiated elsewhere.
 #include "launch.h"
 
 namespace lnc::cuda {
+
+#ifndef LNC_HOST_EXECUTION
+__global__ void any_kernel() {}
+#endif
 
 const DeviceTraits& current_device_traits() {
 #ifdef LNC_HOST_EXECUTION
@@ -18,6 +22,9 @@ const DeviceTraits& current_device_traits() {
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&traits.sm_count, cudaDevAttrMultiProcessorCount, device);
     traits.arch = 10 * major + minor;
+    cudaFuncAttributes code{};
+    cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(any_kernel));
+    traits.code_arch = code.ptxVersion;
   }
   return traits;
 #endif
@@ -25,13 +32,13 @@ const DeviceTraits& current_device_traits() {
 
 int64_t forward_workspace(const ForwardParams& p, const DeviceTraits& device) {
   const Plan plan = plan_forward(p.rows, p.cols, p.dtype, device);
-  return plan.is_sliced() ? 2 * p.rows * plan.slices * size_of(accumulate_type(p.dtype)) : 0;
+  return plan.is("slices") ? 2 * p.rows * plan.slices * size_of(accumulate_type(p.dtype)) : 0;
 }
 
 int64_t backward_workspace(const BackwardParams& p, const DeviceTraits& device) {
   const Plan plan = plan_backward(p.rows, p.cols, p.dtype, device);
   const int64_t size = size_of(accumulate_type(p.dtype));
-  return partials_bytes(p, plan) + (plan.is_sliced() ? 2 * p.rows * plan.slices * size : 0);
+  return partials_bytes(p, plan) + (plan.is("slices") ? 2 * p.rows * plan.slices * size : 0);
 }
 
 cudaError_t forward(const ForwardParams& p, const DeviceTraits& device, cudaStream_t stream) {

@@ -8,12 +8,28 @@ namespace lnc::cuda {
 
 // The one place where kernels start: in tests/host it runs them on the CPU.
 template <class Args>
-cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, dim3 block, cudaStream_t stream, const Args& args) {
+cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, dim3 block, cudaStream_t stream, const Args& args,
+                          int64_t shared = 0, int cluster = 1) {
 #ifdef LNC_HOST_EXECUTION
-  return lnc::host::launch(kernel, grid, block, 0, 1, stream, args);
+  return lnc::host::launch(kernel, grid, block, shared, cluster, stream, args);
 #else
+  const void* function = reinterpret_cast<const void*>(kernel);
   void* list[] = {const_cast<Args*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, list, 0, stream);
+  constexpr int64_t kUnasked = 40 << 10;  // with the static part, a block has so much without asking for it
+  if (shared > kUnasked) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (status != cudaSuccess) return status;
+  }
+  if (cluster == 1) return cudaLaunchKernel(function, grid, block, list, shared, stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, function, list);
 #endif
 }
 
@@ -21,67 +37,80 @@ inline dim3 grid_of(const Plan& plan) {
   return dim3(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
 }
 
+// x counts the threads of a row, y the rows.
+inline dim3 block_of(const Plan& plan) { return dim3(plan.threads_per_row, plan.rows_per_block); }
+
+// Whether the rows can go to a kernel for whole packs: see Extent.
+template <class T>
+bool is_whole(const Plan& plan, int64_t cols) {
+  const int vecs = plan.tier->vecs;
+  const int64_t sure = plan.slices > 1 ? 0 : sure_packs(vecs);
+  return cols % kPack<T> == 0 && cols / kPack<T> >= sure * plan.threads_per_row;
+}
+
 template <class T>
 ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   using A = Accumulate<T>;
   ForwardArgs a{};
   a.p = p;
-  a.threads_per_row = plan.threads_per_row;
   a.even = int64_t(plan.threads_per_row) * plan.tier->vecs * kPack<T> == p.cols;
   const RowMap dense = RowMap::contiguous(p.rows, p.cols);
   a.wide_params = sizeof(T) < sizeof(A) && p.param_dtype == accumulate_type(p.dtype);
   a.wide_output = sizeof(T) < sizeof(A) && p.output_dtype == accumulate_type(p.dtype);
+  a.plain = p.weight && p.bias && !a.wide_params && !a.wide_output;
   a.input_aligned = is_aligned(p.input, p.input_rows, p.rows, sizeof(T));
-  a.residual_aligned = is_aligned(p.residual, p.residual_rows, p.rows, sizeof(T));
+  a.residual_aligned = !p.residual || is_aligned(p.residual, p.residual_rows, p.rows, sizeof(T));
   a.sum_aligned = is_aligned(p.sum, dense, p.rows, sizeof(T));
   a.output_aligned = is_aligned(p.output, dense, p.rows, size_of(p.output_dtype));
   a.inverse_cols = 1.0 / double(p.cols);
   a.slice_cols = plan.slice_cols;
   a.slices = plan.slices;
+  a.cluster = plan.cluster;
   return a;
 }
 
-template <class T, Norm norm, int SIZE, int VECS>
+template <class T, Norm norm, bool WHOLE>
 cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  return launch_kernel(forward_rows<T, norm, SIZE, VECS>, grid_of(plan), dim3(plan.threads), stream, args);
+  constexpr bool wide = sizeof(T) >= 4;  // the tiers of 6 and 8 packs are for these
+  const int vecs = plan.tier->vecs;
+  auto launch = [&](void (*kernel)(ForwardArgs)) {
+    return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, plan.shared, plan.cluster);
+  };
+  if (plan.is("staged") || plan.is("cluster")) return launch(forward_staged<T, norm, 4, WHOLE>);
+  if (plan.is("slices")) {
+    const cudaError_t status = launch(forward_slice_moments<T, norm, 4, WHOLE>);
+    return status != cudaSuccess ? status : launch(forward_slices<T, norm, 4, WHOLE>);
+  }
+  switch (plan.tier->group) {
+    case 1:
+      return launch(forward_rows<T, norm, 1, 1, WHOLE>);
+    case 4:
+      return launch(forward_rows<T, norm, 4, 1, WHOLE>);
+    case 8:
+      return launch(vecs == 1 ? forward_rows<T, norm, 8, 1, WHOLE> : forward_rows<T, norm, 8, 2, WHOLE>);
+    case 16:
+      return launch(vecs == 2 ? forward_rows<T, norm, 16, 2, WHOLE> : forward_rows<T, norm, 16, 4, WHOLE>);
+    case 32:
+      if (vecs == 3) return launch(forward_rows<T, norm, 32, 3, WHOLE>);
+      if (vecs == 4) return launch(forward_rows<T, norm, 32, 4, WHOLE>);
+      if constexpr (wide) {
+        if (vecs == 6) return launch(forward_rows<T, norm, 32, 6, WHOLE>);
+        if (vecs == 8) return launch(forward_rows<T, norm, 32, 8, WHOLE>);
+      }
+      break;
+    case kWholeWarps:
+      if (vecs == 4) return launch(forward_rows<T, norm, kWarps, 4, WHOLE>);
+      return launch(forward_rows < T, norm, kWarps, wide ? 8 : 2, WHOLE >);
+  }
+  return cudaErrorInvalidConfiguration;
 }
 
 template <class T, Norm norm>
 cudaError_t launch_forward_norm(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
   const ForwardArgs args = forward_args<T>(p, plan);
-  constexpr bool wide = sizeof(T) >= 4;  // the tiers of 6 and 8 packs are for these
-  const int vecs = plan.tier->vecs;
-  if (plan.is_sliced()) {
-    cudaError_t status =
-        launch_kernel(forward_slice_moments<T, norm, 4>, grid_of(plan), dim3(plan.threads), stream, args);
-    if (status != cudaSuccess) return status;
-    return launch_kernel(forward_slices<T, norm, 4>, grid_of(plan), dim3(plan.threads), stream, args);
-  }
-  switch (plan.tier->group) {
-    case 1:
-      return launch_forward_rows<T, norm, 1, 1>(args, plan, stream);
-    case 4:
-      return launch_forward_rows<T, norm, 4, 1>(args, plan, stream);
-    case 16:
-      return launch_forward_rows<T, norm, 16, 1>(args, plan, stream);
-    case 32:
-      if (vecs == 1) return launch_forward_rows<T, norm, 32, 1>(args, plan, stream);
-      if (vecs == 2) return launch_forward_rows<T, norm, 32, 2>(args, plan, stream);
-      if (vecs == 3) return launch_forward_rows<T, norm, 32, 3>(args, plan, stream);
-      if (vecs == 4) return launch_forward_rows<T, norm, 32, 4>(args, plan, stream);
-      if constexpr (wide) {
-        if (vecs == 6) return launch_forward_rows<T, norm, 32, 6>(args, plan, stream);
-        if (vecs == 8) return launch_forward_rows<T, norm, 32, 8>(args, plan, stream);
-      }
-      break;
-    case kWholeWarps:
-      if (vecs == 4) return launch_forward_rows<T, norm, kWarps, 4>(args, plan, stream);
-      if constexpr (wide)
-        return launch_forward_rows<T, norm, kWarps, 8>(args, plan, stream);
-      else
-        return launch_forward_rows<T, norm, kWarps, 2>(args, plan, stream);
-  }
-  return cudaErrorInvalidConfiguration;
+  const bool aligned = args.input_aligned && args.residual_aligned && args.sum_aligned && args.output_aligned;
+  return aligned && is_whole<T>(plan, p.cols) ? launch_forward_rows<T, norm, true>(args, plan, stream)
+                                              : launch_forward_rows<T, norm, false>(args, plan, stream);
 }
 
 template <class T>
@@ -95,72 +124,89 @@ BackwardArgs backward_args(const BackwardParams& p, const Plan& plan) {
   using A = Accumulate<T>;
   BackwardArgs a{};
   a.p = p;
-  a.threads_per_row = plan.threads_per_row;
   a.wide_params = sizeof(T) < sizeof(A) && p.param_dtype == accumulate_type(p.dtype);
   a.param_grads = p.grad_weight || p.grad_bias;
   a.input_aligned = is_aligned(p.input, p.input_rows, p.rows, sizeof(T));
   a.grad_output_aligned = is_aligned(p.grad_output, p.grad_output_rows, p.rows, sizeof(D));
-  a.all_aligned = a.input_aligned && a.grad_output_aligned;
-  a.grad_sum_aligned = is_aligned(p.grad_sum, p.grad_sum_rows, p.rows, sizeof(T));
+  a.grad_sum_aligned = !p.grad_sum || is_aligned(p.grad_sum, p.grad_sum_rows, p.rows, sizeof(T));
   a.grad_input_aligned = is_aligned(p.grad_input, RowMap::contiguous(p.rows, p.cols), p.rows, sizeof(T));
   a.inverse_cols = 1.0 / double(p.cols);
   a.slice_cols = plan.slice_cols;
   a.slices = plan.slices;
   a.row_blocks = plan.partials;
+  a.cluster = plan.cluster;
   a.partials = p.workspace;
   a.sums = static_cast<char*>(p.workspace) + partials_bytes(p, plan);
   return a;
 }
 
-template <class T, class D, Norm norm>
-cudaError_t launch_backward_rows(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  auto launch = [&](void (*kernel)(BackwardArgs)) {
-    return launch_kernel(kernel, grid_of(plan), dim3(plan.threads), stream, args);
+template <class T, class D, Norm norm, bool WHOLE>
+cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream_t stream) {
+  auto launch = [&](void (*kernel)(BackwardArgs), int64_t shared = 0) {
+    return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, shared, plan.cluster);
   };
-  if (plan.is_sliced()) {
+  if (plan.is("slices")) {
     if (args.p.grad_input) {
-      dim3 every_row(plan.slices, at_most(args.p.rows, kMaxGridY));
-      cudaError_t status =
-          launch_kernel(backward_slice_sums<T, D, norm, 2>, every_row, dim3(plan.threads), stream, args);
+      const dim3 every_row(plan.slices, at_most(args.p.rows, kMaxGridY));
+      const cudaError_t status =
+          launch_kernel(backward_slice_sums<T, D, norm, 2, WHOLE>, every_row, block_of(plan), stream, args);
       if (status != cudaSuccess) return status;
     }
-    return launch(backward_slices<T, D, norm, 2>);
+    return launch(backward_slices<T, D, norm, 2, WHOLE>);
   }
-  constexpr bool wide = sizeof(T) >= 4;
-  const int vecs = plan.tier->vecs;
+  if (plan.is("cluster")) return launch(backward_rows<T, D, norm, kWarps, 2, WHOLE, true>);
+  if constexpr (sizeof(T) < 8)
+    if (plan.is("staged")) {
+      constexpr int kVecs = sizeof(T) == 4 ? 2 : 1, kSlices = 4;
+      const int64_t slice_bytes = plan.threads * Incoming<T, D, kVecs>::kStride * 16;
+      args.staged = static_cast<int>(at_most(plan.slices - 1, plan.shared / slice_bytes));
+      return launch(backward_staged<T, D, norm, kVecs, kSlices, WHOLE>, args.staged * slice_bytes);
+    }
   switch (plan.tier->group) {
     case 1:
-      return launch(backward_rows<T, D, norm, 1, 1, 512, true>);
+      return launch(backward_rows<T, D, norm, 1, 1, WHOLE>);
     case 4:
-      return launch(backward_rows<T, D, norm, 4, 1, 512, true>);
+      return launch(backward_rows<T, D, norm, 4, 1, WHOLE>);
+    case 8:
+      return launch(plan.tier->vecs == 1 ? backward_rows<T, D, norm, 8, 1, WHOLE>
+                                         : backward_rows<T, D, norm, 8, 2, WHOLE>);
     case 16:
-      return launch(backward_rows<T, D, norm, 16, 1, 512, true>);
+      return launch(backward_rows<T, D, norm, 16, 2, WHOLE>);
     case 32:
-      if (vecs == 1) return launch(backward_rows<T, D, norm, 32, 1, 512, true>);
-      if constexpr (wide) return launch(backward_rows<T, D, norm, 32, 2, 512, true>);
-      break;
+      return launch(backward_rows<T, D, norm, 32, 2, WHOLE>);
     case kWholeWarps:
-      if constexpr (wide) {
-        return launch(backward_rows<T, D, norm, kWarps, 2, 512, true>);
-      } else {
-        if (vecs == 1) return launch(backward_rows<T, D, norm, kWarps, 1, 512, true>);
-        return launch(backward_rows<T, D, norm, kWarps, 2, 512, false>);
-      }
+      return launch(backward_rows<T, D, norm, kWarps, 2, WHOLE>);
   }
   return cudaErrorInvalidConfiguration;
 }
 
+template <class T, class D, Norm norm>
+cudaError_t launch_backward_norm(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
+  const bool aligned =
+      args.input_aligned && args.grad_output_aligned && args.grad_sum_aligned && args.grad_input_aligned;
+  const bool usual = args.p.weight && args.wide_params == !std::is_same<T, D>::value;
+  return aligned && usual && is_whole<T>(plan, args.p.cols)
+             ? launch_backward_rows<T, D, norm, true>(args, plan, stream)
+             : launch_backward_rows<T, D, norm, false>(args, plan, stream);
+}
+
 template <class A, class P>
 cudaError_t launch_fold(const BackwardArgs& args, cudaStream_t stream) {
-  return launch_kernel(fold_partials<A, P>, dim3(ceil_div(args.p.cols, 32), 2), dim3(32 * kFoldWarps), stream, args);
+  auto launch = [&](void (*kernel)(BackwardArgs), int columns) {
+    return launch_kernel(kernel, dim3(ceil_div(args.p.cols, 32 * columns), 2), dim3(32 * kFoldWarps), stream, args);
+  };
+  constexpr int M = kPack<A>;
+  // Of few columns one a thread makes more blocks.
+  const bool packs = args.p.cols % M == 0 && args.p.cols >= 2048;
+  return packs ? launch(fold_partials<A, P, M>, M) : launch(fold_partials<A, P, 1>, 1);
 }
 
 template <class T, class D>
 cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
   using A = Accumulate<T>;
   const BackwardArgs args = backward_args<T, D>(p, plan);
-  const cudaError_t status = p.norm == Norm::layer ? launch_backward_rows<T, D, Norm::layer>(args, plan, stream)
-                                                   : launch_backward_rows<T, D, Norm::rms>(args, plan, stream);
+  const cudaError_t status = p.norm == Norm::layer ? launch_backward_norm<T, D, Norm::layer>(args, plan, stream)
+                                                   : launch_backward_norm<T, D, Norm::rms>(args, plan, stream);
   if (status != cudaSuccess || !args.param_grads) return status;
   return p.param_dtype == p.dtype ? launch_fold<A, T>(args, stream) : launch_fold<A, A>(args, stream);
 }

@@ -21,6 +21,22 @@ struct AccumulateOf<double> {
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;
 
+// Sixteen bytes as they travel.
+template <class T>
+struct RawOf {
+  using type = uint4;
+};
+template <>
+struct RawOf<float> {
+  using type = float4;
+};
+template <>
+struct RawOf<double> {
+  using type = double2;
+};
+template <class T>
+using Raw = typename RawOf<T>::type;
+
 // ---- elements ---------------------------------------------------------------------------------------------------
 
 __device__ inline float widen(float x) { return x; }
@@ -49,49 +65,53 @@ __device__ inline To bits(const From& from) {
   return to;
 }
 
+// Both halves of a word at once: CUDA's own conversions take it apart for each.
 template <class T>
-__device__ inline void unpack(const uint4& raw, Accumulate<T> (&out)[kPack<T>]) {
-  const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
+__device__ inline void widen_pair(uint32_t word, float& low, float& high) {
+#ifdef LNC_HOST_EXECUTION
+  low = widen(bits<T>(uint16_t(word)));
+  high = widen(bits<T>(uint16_t(word >> 16)));
+#else
+  if constexpr (std::is_same<T, __half>::value)
+    asm("{.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;}"
+        : "=f"(low), "=f"(high)
+        : "r"(word));
+  else
+    asm("shl.b32 %0, %2, 16;\n\tand.b32 %1, %2, 0xffff0000;" : "=f"(low), "=f"(high) : "r"(word));
+#endif
+}
+
+template <class T>
+__device__ inline uint32_t narrow_pair(float low, float high) {
+  if constexpr (std::is_same<T, __half>::value)
+    return bits<uint32_t>(__float22half2_rn(make_float2(low, high)));
+  else
+    return bits<uint32_t>(__float22bfloat162_rn(make_float2(low, high)));
+}
+
+template <class T>
+__device__ inline void unpack(const Raw<T>& raw, Accumulate<T> (&out)[kPack<T>]) {
   if constexpr (sizeof(T) == 8) {
-    for (int i = 0; i < 2; ++i) out[i] = bits<double>((uint64_t(word[2 * i + 1]) << 32) | word[2 * i]);
+    out[0] = raw.x, out[1] = raw.y;
   } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = bits<float>(word[i]);
+    out[0] = raw.x, out[1] = raw.y, out[2] = raw.z, out[3] = raw.w;
   } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (std::is_same<T, __half>::value) {
-        const float2 pair = __half22float2(bits<__half2>(word[i]));
-        out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
-      } else {
-        out[2 * i] = bits<float>(word[i] << 16), out[2 * i + 1] = bits<float>(word[i] & 0xffff0000u);
-      }
-    }
+    widen_pair<T>(raw.x, out[0], out[1]);
+    widen_pair<T>(raw.y, out[2], out[3]);
+    widen_pair<T>(raw.z, out[4], out[5]);
+    widen_pair<T>(raw.w, out[6], out[7]);
   }
 }
 
 template <class T>
-__device__ inline uint4 pack(const Accumulate<T> (&in)[kPack<T>]) {
-  uint32_t word[4];
-  if constexpr (sizeof(T) == 8) {
-    for (int i = 0; i < 2; ++i) {
-      const uint64_t b = bits<uint64_t>(in[i]);
-      word[2 * i] = uint32_t(b), word[2 * i + 1] = uint32_t(b >> 32);
-    }
-  } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word[i] = bits<uint32_t>(in[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = make_float2(in[2 * i], in[2 * i + 1]);
-      if constexpr (std::is_same<T, __half>::value)
-        word[i] = bits<uint32_t>(__float22half2_rn(pair));
-      else
-        word[i] = bits<uint32_t>(__float22bfloat162_rn(pair));
-    }
-  }
-  return make_uint4(word[0], word[1], word[2], word[3]);
+__device__ inline Raw<T> pack(const Accumulate<T> (&in)[kPack<T>]) {
+  if constexpr (sizeof(T) == 8)
+    return make_double2(in[0], in[1]);
+  else if constexpr (sizeof(T) == 4)
+    return make_float4(in[0], in[1], in[2], in[3]);
+  else
+    return make_uint4(narrow_pair<T>(in[0], in[1]), narrow_pair<T>(in[2], in[3]), narrow_pair<T>(in[4], in[5]),
+                      narrow_pair<T>(in[6], in[7]));
 }
 
 // Bits of element e of a pack, e known at compile time.
@@ -123,9 +143,15 @@ __device__ inline void set_element(uint4& raw, int e, T value) {
 
 // Makes the compiler unpack a pack anew after this point instead of keeping what it unpacked before: a few
 // conversions cost less than a spilled register.
-__device__ inline void forget(uint4& raw) {
+template <class R>
+__device__ inline void forget(R& raw) {
 #ifndef LNC_HOST_EXECUTION
-  asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+  if constexpr (std::is_same<R, uint4>::value)
+    asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+  else if constexpr (std::is_same<R, float4>::value)
+    asm volatile("" : "+f"(raw.x), "+f"(raw.y), "+f"(raw.z), "+f"(raw.w));
+  else
+    asm volatile("" : "+d"(raw.x), "+d"(raw.y));
 #endif
 }
 
@@ -199,29 +225,69 @@ __device__ inline uint4 shuffle_down(const uint4& v, const G& group) {
                     __shfl_down_sync(group.mask, v.z, 1, G::kWidth), __shfl_down_sync(group.mask, v.w, 1, G::kWidth));
 }
 
-// The thread's packs v * group.size + group.rank of a row of cols elements; zeros beyond its end.
-// A misaligned row is read in aligned windows, each once but for one a warp: the pack's other half is the next
-// lane's window. ALIGNED promises at compile time what aligned says at run time.
-template <bool ALIGNED = false, class T, int VECS, class G>
-__device__ inline void load_row(uint4 (&raw)[VECS], const T* row, int cols, bool aligned, const G& group) {
-  constexpr int N = kPack<T>;
-  if (ALIGNED || aligned) {
-    const uint4* packs = reinterpret_cast<const uint4*>(row);
-    const int full = cols / N;
+// Which of a row's packs a thread has: v * group.size + group.rank, v < VECS. WHOLE rows lie at multiples of 16 bytes
+// and come in whole packs, of which the first SURE of a thread are always there: the plan sees to that. Others end
+// anywhere and begin anywhere.
+template <class T, bool WHOLE, int SURE>
+struct Extent {
+  static constexpr int N = kPack<T>;
+  static constexpr bool kWhole = WHOLE;
+  static constexpr int kSure = SURE;
+  int cols;
+
+  // Elements from pack v on.
+  template <class G>
+  __device__ int left(int v, const G& group) const {
+    return cols - (v * group.size + group.rank) * N;
+  }
+  template <class G>
+  __device__ bool has(int v, const G& group) const {
+    return v < SURE || left(v, group) > 0;
+  }
+  // Calls f(e) for the elements of pack v that exist; only a pack across the row's end looks at every one.
+  template <class G, class F>
+  __device__ void each(int v, const G& group, F f) const {
+    if (WHOLE ? has(v, group) : left(v, group) >= N) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) f(e);
+    } else if (!WHOLE) {
+#pragma unroll
+      for (int e = 0; e < N; ++e)
+        if (e < left(v, group)) f(e);
+    }
+  }
+  // Of the elements of VECS packs, how many exist.
+  template <int VECS, class G>
+  __device__ int count(const G& group) const {
+    int n = 0;
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
-      const int i = v * group.size + group.rank;
-      raw[v] = zeros();
-      if (i < full) raw[v] = packs[i];
+      const int more = left(v, group);
+      n += more >= N ? N : more > 0 ? more : 0;
     }
-    if (cols % N != 0 && full % group.size == group.rank) {
-      const uint4 tail = load_elements(row + full * N, 0, cols % N);
-#pragma unroll
-      for (int v = 0; v < VECS; ++v)
-        if (v * group.size + group.rank == full) raw[v] = tail;
-    }
-    return;
+    return n;
   }
+};
+
+// Of a thread's VECS packs, those that every whole row has which the plan gives to the kernel.
+constexpr int sure_packs(int vecs) { return vecs < 4 ? vecs - 1 : vecs - 2; }
+template <int VECS, bool WHOLE>
+constexpr int kSurePacks = WHOLE ? sure_packs(VECS) : 0;
+
+template <class T, class G>
+__device__ inline const Raw<T>* thread_packs(const T* row, const G& group) {
+  return reinterpret_cast<const Raw<T>*>(row) + group.rank;
+}
+template <class T, class G>
+__device__ inline Raw<T>* thread_packs(T* row, const G& group) {
+  return reinterpret_cast<Raw<T>*>(row) + group.rank;
+}
+
+// A misaligned row is read in aligned windows, each once but for one a warp: a pack's other half is the next lane's
+// window.
+template <class T, int VECS, class G>
+__device__ inline void load_windows(uint4 (&raw)[VECS], const T* row, int cols, const G& group) {
+  constexpr int N = kPack<T>;
   const int skip = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16) / int(sizeof(T));
   const T* base = row - skip;
   const int end = skip + cols;  // in elements from base
@@ -257,27 +323,10 @@ __device__ inline void load_row(uint4 (&raw)[VECS], const T* row, int cols, bool
   }
 }
 
-// Where load_row reads, store_row writes. Windows that two warps share are written by each in part.
+// Where load_windows reads, store_windows writes. Windows that two warps share are written by each in part.
 template <class T, int VECS, class G>
-__device__ inline void store_row(T* row, const uint4 (&raw)[VECS], int cols, bool aligned, const G& group) {
+__device__ inline void store_windows(T* row, const uint4 (&raw)[VECS], int cols, const G& group) {
   constexpr int N = kPack<T>;
-  if (aligned) {
-    uint4* packs = reinterpret_cast<uint4*>(row);
-    const int full = cols / N;
-#pragma unroll
-    for (int v = 0; v < VECS; ++v) {
-      const int i = v * group.size + group.rank;
-      if (i < full) packs[i] = raw[v];
-    }
-    if (cols % N != 0 && full % group.size == group.rank) {
-      uint4 tail = raw[0];
-#pragma unroll
-      for (int v = 1; v < VECS; ++v)
-        if (v * group.size + group.rank == full) tail = raw[v];
-      store_elements(row + full * N, tail, 0, cols % N);
-    }
-    return;
-  }
   const int skip = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16) / int(sizeof(T));
   T* base = row - skip;
   const int end = skip + cols;
@@ -298,7 +347,61 @@ __device__ inline void store_row(T* row, const uint4 (&raw)[VECS], int cols, boo
   }
 }
 
-// kPack<T> values of another, wider array (parameters in the accumulation type beside 16-bit data).
+// The thread's packs of a row; zeros beyond its end. aligned: the row begins at a multiple of 16 bytes.
+template <class T, int VECS, bool WHOLE, int SURE, class G>
+__device__ inline void load_row(Raw<T> (&raw)[VECS], const T* row, const Extent<T, WHOLE, SURE>& extent, bool aligned,
+                                const G& group) {
+  constexpr int N = kPack<T>;
+  const int cols = extent.cols;
+  if (WHOLE || aligned) {
+    const Raw<T>* packs = thread_packs(row, group);
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+      if (v >= SURE) raw[v] = Raw<T>{};
+      if (WHOLE ? extent.has(v, group) : extent.left(v, group) >= N) raw[v] = packs[v * group.size];
+    }
+    const int full = cols / N;
+    if (!WHOLE && cols % N != 0 && full % group.size == group.rank) {
+      const Raw<T> tail = bits<Raw<T>>(load_elements(row + full * N, 0, cols % N));
+#pragma unroll
+      for (int v = 0; v < VECS; ++v)
+        if (v * group.size + group.rank == full) raw[v] = tail;
+    }
+  } else {
+    uint4 windows[VECS];
+    load_windows(windows, row, cols, group);
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) raw[v] = bits<Raw<T>>(windows[v]);
+  }
+}
+
+template <class T, int VECS, bool WHOLE, int SURE, class G>
+__device__ inline void store_row(T* row, const Raw<T> (&raw)[VECS], const Extent<T, WHOLE, SURE>& extent, bool aligned,
+                                 const G& group) {
+  constexpr int N = kPack<T>;
+  const int cols = extent.cols;
+  if (WHOLE || aligned) {
+    Raw<T>* packs = thread_packs(row, group);
+#pragma unroll
+    for (int v = 0; v < VECS; ++v)
+      if (WHOLE ? extent.has(v, group) : extent.left(v, group) >= N) packs[v * group.size] = raw[v];
+    const int full = cols / N;
+    if (!WHOLE && cols % N != 0 && full % group.size == group.rank) {
+      Raw<T> tail = raw[0];
+#pragma unroll
+      for (int v = 1; v < VECS; ++v)
+        if (v * group.size + group.rank == full) tail = raw[v];
+      store_elements(row + full * N, bits<uint4>(tail), 0, cols % N);
+    }
+  } else {
+    uint4 windows[VECS];
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) windows[v] = bits<uint4>(raw[v]);
+    store_windows(row, windows, cols, group);
+  }
+}
+
+// Pack i of another, wider array (parameters, output or its gradient in the accumulation type beside 16-bit data).
 template <class T, class A = Accumulate<T>>
 __device__ inline void load_wide(A (&out)[kPack<T>], const A* row, int i, int cols, bool aligned) {
   constexpr int N = kPack<T>, M = kPack<A>;
@@ -306,7 +409,7 @@ __device__ inline void load_wide(A (&out)[kPack<T>], const A* row, int i, int co
 #pragma unroll
     for (int j = 0; j < N; j += M) {
       A part[M];
-      unpack<A>(reinterpret_cast<const uint4*>(row + i * N)[j / M], part);
+      unpack<A>(reinterpret_cast<const Raw<A>*>(row + i * N)[j / M], part);
 #pragma unroll
       for (int k = 0; k < M; ++k) out[j + k] = part[k];
     }
@@ -325,7 +428,7 @@ __device__ inline void store_wide(A* row, const A (&in)[kPack<T>], int i, int co
       A part[M];
 #pragma unroll
       for (int k = 0; k < M; ++k) part[k] = in[j + k];
-      reinterpret_cast<uint4*>(row + i * N)[j / M] = pack<A>(part);
+      reinterpret_cast<Raw<A>*>(row + i * N)[j / M] = pack<A>(part);
     }
     return;
   }
@@ -334,51 +437,69 @@ __device__ inline void store_wide(A* row, const A (&in)[kPack<T>], int i, int co
     if (i * N + e < cols) row[i * N + e] = in[e];
 }
 
-// Weight or bias: the thread's packs of it. KEEP: they wait in registers, if they are as narrow as the data.
-template <class T, int VECS, bool KEEP>
-struct Params {
+// Fetches into L1 what is soon to be loaded, without a register that waits for it.
+__device__ inline void touch(const void* p) {
+#ifndef LNC_HOST_EXECUTION
+  asm volatile("{.reg .b32 unused;\n\tld.global.b32 unused, [%0];}" ::"l"(__cvta_generic_to_global(p)));
+#else
+  (void)p;
+#endif
+}
+
+// Weights in the data's own type, in the accumulation type, or one of these or none.
+enum class ParamKind { narrow, wide, any };
+
+// Weight or bias. Of the thread's packs the first EARLY are loaded with the row, the others when they are used: L1
+// has them by then, and registers are what limits how many rows are on their way.
+template <class T, int EARLY>
+struct Param {
   using A = Accumulate<T>;
   static constexpr int N = kPack<T>;
   const void* first;  // null where there is none
-  int cols;
-  bool wide;
-  int begin = 0;  // the pack that pack 0 below stands for
-  uint4 raw[KEEP ? VECS : 1];
+  bool wide;          // in the accumulation type
+  Raw<T> early[EARLY ? EARLY : 1];
 
-  __device__ Params(const void* p, int64_t column, int cols, bool wide)
+  __device__ Param(const void* p, int64_t column, bool wide)
       : first(!p     ? nullptr
               : wide ? static_cast<const void*>(static_cast<const A*>(p) + column)
                      : static_cast<const void*>(static_cast<const T*>(p) + column)),
-        cols(cols),
         wide(wide) {}
 
-  // From the row's pack v of the thread on.
-  template <class G>
-  __device__ void load(const G& group, int v = 0) {
-    begin = v * group.size;
-    if constexpr (KEEP)
-      if (first && !wide) load_row<true>(raw, static_cast<const T*>(first) + begin * N, cols - begin * N, true, group);
+  template <class E, class G>
+  __device__ void load(const E& extent, const G& group) {
+    if (!first || wide) return;
+#pragma unroll
+    for (int v = 0; v < EARLY; ++v) early[v] = one(v, extent, group);
+#pragma unroll
+    for (int v = EARLY; v < E::kSure; ++v) touch(thread_packs(static_cast<const T*>(first), group) + v * group.size);
   }
 
-  template <class G>
-  __device__ void values(int v, A (&out)[N], A absent, const G& group) const {
-    if (!first) {
+  // KIND promises at compile time what is there.
+  template <ParamKind KIND, class E, class G>
+  __device__ void values(int v, A (&out)[N], A absent, const E& extent, const G& group) const {
+    if (KIND == ParamKind::any && !first) {
 #pragma unroll
       for (int e = 0; e < N; ++e) out[e] = absent;
-    } else if (wide) {
-      load_wide<T>(out, static_cast<const A*>(first), begin + v * group.size + group.rank, cols, true);
-    } else if constexpr (KEEP) {
-      unpack<T>(raw[v], out);
+    } else if (KIND == ParamKind::wide || (KIND == ParamKind::any && wide)) {
+      load_wide<T>(out, static_cast<const A*>(first), v * group.size + group.rank, extent.cols, true);
+    } else if (v < EARLY) {
+      unpack<T>(early[v < EARLY ? v : 0], out);
     } else {
-      const int i = begin + v * group.size + group.rank;
-      const T* row = static_cast<const T*>(first);
-      uint4 value = zeros();
-      if ((i + 1) * N <= cols)
-        value = reinterpret_cast<const uint4*>(row)[i];
-      else if (i * N < cols)
-        value = load_elements(row + i * N, 0, cols - i * N);
-      unpack<T>(value, out);
+      unpack<T>(one(v, extent, group), out);
     }
+  }
+
+ private:
+  template <class E, class G>
+  __device__ Raw<T> one(int v, const E& extent, const G& group) const {
+    const T* row = static_cast<const T*>(first);
+    const int i = v * group.size + group.rank, left = extent.left(v, group);
+    Raw<T> value{};
+    if (E::kWhole ? extent.has(v, group) : left >= N)
+      value = reinterpret_cast<const Raw<T>*>(row)[i];
+    else if (!E::kWhole && left > 0)
+      value = bits<Raw<T>>(load_elements(row + i * N, 0, left));
+    return value;
   }
 };
 

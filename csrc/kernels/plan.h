@@ -1,6 +1,6 @@
 // Which kernel runs for a shape, and how it is laid out: a pure function over a table, the same on every host.
-// Forward's choice and backward's threads per row depend on the row alone (its length and dtype), never on how many
-// rows there are: a row's bits are then the same in any batch.
+// How a row is divided depends on the row alone (its length and dtype) and the architecture, never on how many rows
+// there are: a row's bits are then the same in any batch.
 #pragma once
 #include <cstdint>
 
@@ -12,9 +12,12 @@ struct DeviceTraits {
   int arch;                    // 10 * major + minor of the compute capability
   int sm_count;                // multiprocessors
   const char* tier = nullptr;  // the only tiers to choose from, by name, to measure them; null for all
+  int code_arch = INT32_MAX;   // what the kernels were compiled for: may be older, where PTX brings them here
+  bool has_clusters() const { return arch >= 90 && code_arch >= 90; }
 };
 
 constexpr int kWholeWarps = 0;
+constexpr int64_t kAnyLength = INT64_MAX;
 
 struct Tier {
   const char* name;
@@ -29,52 +32,75 @@ struct Tier {
 
 // clang-format off
 constexpr Tier kForwardTiers[] = {
-    // A pack a thread while that fills a warp with whole rows: no lane idles, no shuffle more than the row needs.
+    // Short rows: a thread gets so much of a row that what a row costs besides (its address, the reduction) is shared
+    // by many elements, while the lanes of a group still read 64 bytes of it at a time.
     {"warp", 1, 1, 128, 1, 8, 2, "the row is one 16-byte pack: one thread a row"},
     {"warp", 4, 1, 128, 4, 8, 2, "short row: 4 threads share it, 8 rows a warp"},
-    {"warp", 16, 1, 128, 16, 8, 2, "short row: 16 threads share it, 2 rows a warp"},
+    {"warp", 8, 1, 128, 8, 8, 2, "short row: 8 threads share it, 4 rows a warp"},
+    {"warp", 8, 2, 128, 16, 8, 2, "short row: 8 threads share it, 4 rows a warp, 2 packs a thread"},
+    {"warp", 16, 2, 128, 32, 8, 2, "short row: 16 threads share it, 2 rows a warp, 2 packs a thread"},
+    {"warp", 16, 4, 128, 64, 8, 2, "short row: 16 threads share it, 2 rows a warp, 4 packs a thread"},
     // A warp a row needs no barrier. 128 threads a block: enough rows to hide latency, small enough to fill the tail.
-    {"warp", 32, 1, 128, 32, 8, 2, "a warp a row, 1 pack a thread in registers"},
-    {"warp", 32, 2, 128, 64, 8, 2, "a warp a row, 2 packs a thread in registers"},
     {"warp", 32, 3, 128, 96, 8, 2, "a warp a row, 3 packs a thread in registers"},
     {"warp", 32, 4, 128, 128, 8, 2, "a warp a row, 4 packs a thread in registers"},
     // 6 packs serve 768 float32 columns without an idle lane; 8 are 32 elements, the most a thread keeps.
     {"warp", 32, 6, 128, 192, 8, 4, "a warp a row, 6 packs a thread in registers"},
     {"warp", 32, 8, 128, 256, 8, 4, "a warp a row, 8 packs a thread in registers"},
-    // 16 elements a thread: all loads of a row in flight at once, and several rows on a multiprocessor; then 32, the
-    // most that leaves 128 registers without a spill.
-    {"block", kWholeWarps, 2, 512, 1024, 2, 2, "a block a row, 2 packs a thread in registers"},
-    {"block", kWholeWarps, 4, 512, 2048, 8, 2, "a block a row, 4 packs a thread in registers"},
+    // 16 elements a thread while a row leaves too few packs for 32, which share a row's fixed cost among more.
+    {"block", kWholeWarps, 4, 512, 768, 8, 4, "a block a row, 4 packs a thread in registers"},
     {"block", kWholeWarps, 8, 512, 4096, 8, 4, "a block a row, 8 packs a thread in registers"},
-    // Longer rows are cut: one launch for the slices' moments, one for their values.
-    {"slices", kWholeWarps, 4, 512, INT64_MAX, 8, 2, "longer than a block's registers: slices, in two launches"},
+    {"block", kWholeWarps, 4, 512, 2048, 2, 2, "a block a row, 4 packs a thread in registers"},
+    // Longer rows are cut into slices of one size whoever takes them: the same bits, however many rows there are.
+    {"staged", kWholeWarps, 4, 512, kAnyLength, 8, 2, "many long rows: a block a row, kept in its shared memory"},
+    {"cluster", kWholeWarps, 4, 512, kAnyLength, 8, 2, "long rows: a cluster of blocks a row, kept in shared memory"},
+    {"slices", kWholeWarps, 4, 512, kAnyLength, 8, 2, "few long rows, or too long to keep: slices, in two launches"},
 };
 
 constexpr Tier kBackwardTiers[] = {
+    // 16 elements of 16-bit data a thread: 128 registers hold this row, the next one and the gradients of weight and
+    // bias. Blocks of 512: one partial a multiprocessor is all that the second kernel has to read.
     {"warp", 1, 1, 512, 1, 8, 2, "the row is one 16-byte pack: one thread a row"},
     {"warp", 4, 1, 512, 4, 8, 2, "short row: 4 threads share it, 8 rows a warp"},
-    {"warp", 16, 1, 512, 16, 8, 2, "short row: 16 threads share it, 2 rows a warp"},
-    {"warp", 32, 1, 512, 32, 8, 2, "a warp a row, 1 pack of each array a thread"},
-    {"warp", 32, 2, 512, 64, 8, 4, "a warp a row, 2 packs of each array a thread"},
-    // 8 elements a thread in blocks of 512: 128 registers hold this row, the next one and the gradients of weight and
-    // bias, and one partial a multiprocessor is all that the second kernel has to read.
-    {"block", kWholeWarps, 1, 512, 512, 2, 2, "warps share a row, 1 pack of each array a thread, next row in flight"},
-    {"block", kWholeWarps, 2, 512, 1024, 8, 4, "warps share a row, 2 packs of each array a thread, next row in flight"},
-    // Twice the elements a thread leave no room for the next row, nor for the weight.
-    {"block", kWholeWarps, 2, 512, 1024, 2, 2, "512 threads share a row, 2 packs of each array a thread"},
-    {"slices", kWholeWarps, 2, 512, INT64_MAX, 8, 2, "longer than a block's registers: slices, in two launches"},
+    {"warp", 8, 1, 512, 8, 8, 2, "short row: 8 threads share it, 4 rows a warp"},
+    {"warp", 8, 2, 512, 16, 8, 2, "short row: 8 threads share it, 4 rows a warp, 2 packs of each array a thread"},
+    {"warp", 16, 2, 512, 32, 8, 2, "short row: 16 threads share it, 2 rows a warp, 2 packs of each array a thread"},
+    {"warp", 32, 2, 512, 64, 8, 2, "a warp a row, 2 packs of each array a thread, next row in flight"},
+    {"block", kWholeWarps, 2, 512, 1024, 8, 2, "warps share a row, 2 packs of each array a thread, next row in flight"},
+    // Longer rows: as much of one to a block as above; where there are no clusters, 32 elements a thread, which is
+    // what leaves registers for their gradients.
+    {"cluster", kWholeWarps, 2, 512, 8 * 1024, 8, 2, "long row: a cluster of blocks shares it, next row in flight"},
+    {"staged", kWholeWarps, 1, 512, 2048, 2, 2, "long row: a block a row, kept in its shared memory"},
+    {"staged", kWholeWarps, 2, 512, 4096, 4, 4, "long row: a block a row, kept in its shared memory"},
+    {"slices", kWholeWarps, 2, 512, kAnyLength, 8, 2, "too long to keep: slices, in two launches"},
 };
 // clang-format on
 
+constexpr int kMaxCluster = 8;                // blocks: what every device allows that has clusters
+constexpr int kMaxStagedSlices = 64;          // of one row
+constexpr int64_t kReservedShared = 4 << 10;  // of a block's shared memory, for all but the slices that it keeps
+constexpr int64_t kMaxGridY = 65535;
+
+// The shared memory that one block can have, in bytes.
+constexpr int64_t shared_memory(int arch) {
+  const int64_t kib = arch < 75                      ? 96
+                      : arch == 75                   ? 64
+                      : arch == 80 || arch == 87     ? 163
+                      : arch < 90 || arch / 10 == 12 ? 99
+                                                     : 227;
+  return kib << 10;
+}
+
 struct Plan {
   const Tier* tier;
-  int threads;  // a block
-  int threads_per_row;
-  int rows_per_block;  // at a time
+  int threads;          // a block
+  int threads_per_row;  // of one block
+  int rows_per_block;   // at a time
   int64_t blocks_x, blocks_y;
   int64_t slice_cols, slices;  // of a row
+  int cluster;                 // blocks that share a row
+  int64_t shared;              // bytes of dynamic shared memory: forward's use, backward's most
   int64_t partials;            // backward: how many sets of weight and bias gradients the second kernel folds
-  bool is_sliced() const { return tier->max_packs == INT64_MAX; }
+  bool is(const char* name) const;
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -82,62 +108,99 @@ constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr bool same_name(const char* a, const char* b) { return *a == *b && (!*a || same_name(a + 1, b + 1)); }
+inline bool Plan::is(const char* name) const { return same_name(tier->name, name); }
 
-template <int K>
-constexpr const Tier* find_tier(const Tier (&tiers)[K], int64_t packs, int64_t element, const char* name) {
-  for (const Tier& t : tiers)
-    if (packs <= t.max_packs && element >= t.min_element && element <= t.max_element &&
-        (!name || same_name(name, t.name)))
-      return &t;
-  return &tiers[K - 1];
-}
-
-constexpr int64_t kMaxGridY = 65535;
-
+// A row's division; a row of several slices takes whole blocks.
 inline Plan lay_out(const Tier* tier, int64_t cols, int64_t element) {
   const int64_t pack = 16 / element, packs = ceil_div(cols, pack);
   Plan plan{tier};
-  plan.slices = 1, plan.slice_cols = cols;
-  if (plan.is_sliced()) {
-    plan.slice_cols = int64_t(tier->threads) * tier->vecs * pack;
+  plan.slices = plan.cluster = 1, plan.slice_cols = cols;
+  int64_t warps = at_most(ceil_div(packs, 32 * tier->vecs), tier->threads / 32);
+  if (plan.is("staged") || plan.is("slices") || tier->max_packs == kAnyLength) {
+    warps = tier->threads / 32;
+    plan.slice_cols = warps * 32 * tier->vecs * pack;
     plan.slices = ceil_div(cols, plan.slice_cols);
   }
-  const int64_t warps = at_most(ceil_div(packs, 32 * tier->vecs), tier->threads / 32);
   plan.threads_per_row = tier->group == kWholeWarps ? static_cast<int>(warps) * 32 : tier->group;
   return plan;
 }
 
-inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
-  const int64_t element = size_of(dtype);
-  Plan plan = lay_out(find_tier(kForwardTiers, ceil_div(cols, 16 / element), element, device.tier), cols, element);
-  plan.threads = plan.tier->group == kWholeWarps ? plan.threads_per_row : plan.tier->threads;
-  plan.rows_per_block = plan.threads / plan.threads_per_row;
-  plan.blocks_x = plan.is_sliced() ? plan.slices : ceil_div(rows, plan.rows_per_block);
-  plan.blocks_y = plan.is_sliced() ? at_most(rows, kMaxGridY) : 1;
+// The first tier of a table that holds the row and that complete(plan) accepts; the last one takes every row.
+template <int K, class F>
+Plan choose(const Tier (&tiers)[K], int64_t cols, DType dtype, const char* name, F complete) {
+  const int64_t element = size_of(dtype), packs = ceil_div(cols, 16 / element);
+  Plan plan{};
+  for (const Tier& t : tiers) {
+    const bool last = &t == &tiers[K - 1];
+    if (!last && (packs > t.max_packs || element < t.min_element || element > t.max_element ||
+                  (name && !same_name(name, t.name))))
+      continue;
+    plan = lay_out(&t, cols, element);
+    if (complete(plan) || last) break;
+  }
   return plan;
 }
 
+inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
+  const int64_t slice_bytes = int64_t{512} * 4 * 16,
+                kept = (shared_memory(device.arch) - kReservedShared) / slice_bytes;
+  return choose(kForwardTiers, cols, dtype, device.tier, [&](Plan& plan) {
+    plan.threads = plan.tier->group == kWholeWarps ? plan.threads_per_row : plan.tier->threads;
+    plan.rows_per_block = plan.threads / plan.threads_per_row;
+    plan.blocks_x = ceil_div(rows, plan.rows_per_block), plan.blocks_y = 1;
+    if (plan.is("slices")) {
+      plan.blocks_x = plan.slices, plan.blocks_y = at_most(rows, kMaxGridY);
+    } else if (plan.is("staged") || plan.is("cluster")) {
+      if (plan.is("cluster")) {
+        if (!device.has_clusters()) return false;
+        // More blocks than it takes where multiprocessors would stand idle.
+        plan.cluster = 2;
+        while (plan.cluster < kMaxCluster && plan.cluster < plan.slices &&
+               (ceil_div(plan.slices, plan.cluster) > kept || rows * plan.cluster * 2 <= device.sm_count))
+          plan.cluster *= 2;
+      }
+      const int64_t keeps = ceil_div(plan.slices, plan.cluster);
+      plan.blocks_x = rows * plan.cluster;
+      plan.shared = keeps * slice_bytes;
+      // Half the multiprocessors are enough: they read the row once, the slices' two launches twice.
+      return keeps <= kept && plan.slices <= kMaxStagedSlices && (device.tier || 2 * plan.blocks_x >= device.sm_count);
+    }
+    return true;
+  });
+}
+
 inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
-  const int64_t element = size_of(dtype);
-  Plan plan = lay_out(find_tier(kBackwardTiers, ceil_div(cols, 16 / element), element, device.tier), cols, element);
-  if (plan.is_sliced()) {
+  const int64_t pack = 16 / size_of(dtype);
+  return choose(kBackwardTiers, cols, dtype, device.tier, [&](Plan& plan) {
     plan.threads = plan.threads_per_row;
     plan.rows_per_block = 1;
-    plan.blocks_x = plan.slices;
-    // Two blocks a multiprocessor share the rows of a slice: more would only write more partials.
-    plan.blocks_y = at_least(1, at_most(at_most(rows, kMaxGridY), 2 * device.sm_count / plan.slices));
-    plan.partials = plan.blocks_y;
-  } else {
-    // As many rows at a time as a block holds, fewer while that would leave multiprocessors without a row.
-    const int64_t most = plan.tier->threads / plan.threads_per_row;
-    int64_t groups = at_least(1, at_most(most, ceil_div(rows, device.sm_count)));
-    plan.threads = static_cast<int>(ceil_div(groups * plan.threads_per_row, 32) * 32);
-    plan.rows_per_block = plan.threads / plan.threads_per_row;
-    plan.blocks_x = at_most(device.sm_count, ceil_div(rows, plan.rows_per_block));
     plan.blocks_y = 1;
-    plan.partials = plan.blocks_x;
-  }
-  return plan;
+    if (plan.is("slices")) {
+      plan.blocks_x = plan.slices;
+      // Two blocks a multiprocessor share the rows of a slice: more would only write more partials.
+      plan.blocks_y = at_least(1, at_most(at_most(rows, kMaxGridY), 2 * device.sm_count / plan.slices));
+      plan.partials = plan.blocks_y;
+    } else if (plan.is("cluster")) {
+      if (!device.has_clusters()) return false;
+      const int64_t packs = ceil_div(cols, pack);
+      for (plan.cluster = 2; plan.cluster * plan.tier->threads * plan.tier->vecs < packs;) plan.cluster *= 2;
+      plan.threads = static_cast<int>(32 * ceil_div(packs, plan.cluster * 32 * plan.tier->vecs));
+      plan.threads_per_row = plan.threads;
+      plan.slice_cols = plan.threads * plan.tier->vecs * pack;
+      plan.slices = plan.cluster;
+      plan.partials = at_least(1, at_most(rows, device.sm_count / plan.cluster));
+      plan.blocks_x = plan.partials * plan.cluster;
+    } else {
+      // As many rows at a time as a block holds, fewer while that would leave multiprocessors without a row.
+      const int64_t most = plan.is("staged") ? 1 : plan.tier->threads / plan.threads_per_row;
+      const int64_t groups = at_least(1, at_most(most, ceil_div(rows, device.sm_count)));
+      plan.threads = static_cast<int>(ceil_div(groups * plan.threads_per_row, 32) * 32);
+      plan.rows_per_block = plan.threads / plan.threads_per_row;
+      plan.blocks_x = plan.partials = at_most(device.sm_count, ceil_div(rows, plan.rows_per_block));
+      if (plan.is("staged")) plan.shared = shared_memory(device.arch) - kReservedShared;
+    }
+    return true;
+  });
 }
 
 }  // namespace lnc

@@ -23,11 +23,28 @@ __device__ inline double multiply(double a, double b) {
 #endif
 }
 
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 template <class A>
 struct Moments {
   A n;     // how many values
   A mean;  // their mean
   A m2;    // sum of squared deviations from it
+};
+
+// Of parts that have all the same n, merged without a division: twice n is what the other part's n takes it to.
+template <class A>
+struct EqualMoments {
+  A sum;
+  A m2;
+  A half_inverse;  // 1 / (2n)
+  __device__ void merge(A other_sum, A other_m2) {
+    const A delta = other_sum - sum;  // n times the difference of the means
+    m2 = multiply_add(multiply(delta, delta), half_inverse, m2 + other_m2);
+    sum += other_sum;
+    half_inverse *= A(0.5);
+  }
 };
 
 template <class A>
@@ -40,22 +57,12 @@ __device__ inline float divide(float a, float b) {
   return __fdividef(a, b);
 }
 
-__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-
 template <class A>
 __device__ inline Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
   const A n = a.n + b.n;
   const A share = n > A(0) ? divide(b.n, n) : A(0);
   const A delta = b.mean - a.mean;
   return {n, multiply_add(delta, share, a.mean), multiply_add(delta * delta, a.n * share, a.m2 + b.m2)};
-}
-
-// Of two parts of the same count: shorter, and the same bits whichever comes first.
-template <class A>
-__device__ inline Moments<A> merge_equal(const Moments<A>& a, const Moments<A>& b) {
-  const A delta = b.mean - a.mean;
-  return {a.n + b.n, A(0.5) * (a.mean + b.mean), multiply_add(delta * delta, A(0.5) * a.n, a.m2 + b.m2)};
 }
 
 __device__ inline float inverse_sqrt(float v) {

@@ -62,7 +62,6 @@ struct Machine {
   uint32_t warps_per_block, threads_per_block, first_block;
   uint32_t time = 1;  // grows with every meeting that orders memory
   uint32_t launch_time, cluster_time;
-  uint32_t cluster_knows[2];  // what any thread did before this time, all know after cluster barrier n, by parity
   std::vector<Report> reports;
 
   Block& block_of(const Thread& t) { return blocks[t.rank]; }

@@ -181,12 +181,8 @@ void complete_cluster_barrier() {
   const uint32_t slot = cluster_phase++ & 1;
   cluster_arrived = 0;
   ++machine.time;
-  machine.cluster_knows[slot] = machine.time;
-  for (Thread& t : machine.threads) {
-    if (t.exited) continue;
-    t.arrival_time[slot] = std::min(t.arrival_time[slot], machine.time);
-    machine.cluster_knows[slot] = std::min(machine.cluster_knows[slot], t.arrival_time[slot]);
-  }
+  for (Thread& t : machine.threads)
+    if (!t.exited) t.arrival_time[slot] = std::min(t.arrival_time[slot], machine.time);
   for (Warp& warp : machine.warps) {
     uint32_t lanes = 0;
     for (uint32_t rest = warp.waiting; rest; rest &= rest - 1) {

@@ -54,6 +54,7 @@ struct SharedCell {
   uint32_t written, read;   // times
   uint16_t writer, reader;  // thread in the cluster; warp in the cluster
   uint32_t readers;         // lanes, or warps
+  uint32_t arrivals;        // at cluster barriers, that a reader had made when it read: the most
 };
 constexpr uint16_t several_warps = 0xffff, several_blocks = 0xfffe;
 constexpr uint16_t several = 0xffff;  // threads of a block
@@ -219,7 +220,7 @@ bool ordered(const Thread& t, const Thread& other, uint32_t time) {
 
 // The same for all who have read a byte of block `rank`'s shared memory.
 bool ordered(const Thread& t, const SharedCell& c, uint32_t rank) {
-  if (t.waits > 0 && c.read < machine.cluster_knows[(t.waits - 1) & 1]) return true;
+  if (t.waits > c.arrivals) return true;  // the readers have arrived since, and t has waited for them
   if (c.reader == several_blocks) return false;
   if (c.reader == several_warps) {
     if (rank != t.rank) return false;
@@ -285,6 +286,7 @@ void shared_access(Thread& t, uintptr_t address, uint32_t size, bool write, uint
       if (c.read < machine.cluster_time || c.read < c.written || ordered(t, c, rank)) {
         c.reader = warp;
         c.readers = lane;
+        c.arrivals = 0;
       } else if (c.reader == warp) {
         c.readers |= lane;
       } else if (rank != t.rank || c.reader == several_blocks) {
@@ -298,6 +300,7 @@ void shared_access(Thread& t, uintptr_t address, uint32_t size, bool write, uint
         c.reader = several_blocks;
       }
       c.read = machine.time;
+      c.arrivals = std::max(c.arrivals, t.arrivals);
       continue;
     }
     if (c.read >= machine.cluster_time && c.read >= c.written && !ordered(t, c, rank)) {
