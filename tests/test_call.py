@@ -1,0 +1,137 @@
+"""The call below Python: which arguments it takes, and that its node in the graph behaves like PyTorch's own."""
+
+import pytest
+import torch
+from cases import BACKEND, BF16, F64
+
+import layernorm_cuda as lnc
+from layernorm_cuda import _ops
+
+pytestmark = pytest.mark.skipif(bool(BACKEND) or _ops._C is None, reason="not the compiled module")
+X, W, B = torch.randn(3, 8), torch.randn(8), torch.randn(8)
+
+
+def norm(input=X, residual=None, shape=(8,), weight=W, bias=B, eps=1e-5, rms=False, dtype=None):
+    return _ops.norm(input, residual, shape, weight, bias, eps, rms, dtype)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(),
+        dict(shape=[8]),
+        dict(shape=torch.Size([8])),
+        dict(shape=(3, 8), weight=None, bias=None),
+        dict(weight=torch.nn.Parameter(W)),
+        dict(weight=None, bias=None),
+        dict(eps=0),
+        dict(eps=None, rms=True, bias=None),
+        dict(input=X.to(BF16), dtype=torch.float32),
+        dict(residual=X),
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)
+def test_takes(arguments):
+    assert norm(**arguments) is not None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(input=X.as_subclass(Subclass)),
+        dict(input=None),
+        dict(input=X.to_sparse()),
+        dict(weight=W.as_subclass(Subclass)),
+        dict(weight=[1.0] * 8),
+        dict(shape=8),
+        dict(shape=(8.0,)),
+        dict(shape=(True,)),
+        dict(eps=None),
+        dict(eps="1e-5"),
+        dict(eps=torch.tensor(1e-5)),
+    ],
+)
+def test_leaves_to_python(arguments):
+    assert norm(**arguments) is None
+
+
+def test_leaves_modes_and_transforms_to_python():
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Seen():
+        lnc.layer_norm(X, (8,), W)
+    assert lnc.layer_norm in seen
+    with torch.autograd.forward_ad.dual_level():
+        assert norm(torch.autograd.forward_ad.make_dual(X, X)) is None
+    assert torch.func.vmap(lambda x: (norm(x) is None, x)[1])(X).equal(X)
+
+
+def test_too_many_digits_are_an_error():
+    with pytest.raises(OverflowError):
+        norm(shape=(2**70,))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_choice_of_gradients(residual):
+    leaves = [X.double(), torch.randn(3, 8, dtype=F64) if residual else None, W.double(), B.double()]
+    leaves = [t if t is None else t.requires_grad_() for t in leaves]
+    dy = torch.randn(3, 8, dtype=F64)
+
+    def run(wanted):
+        x, r, w, b = (t if t is None or i in wanted else t.detach() for i, t in enumerate(leaves))
+        y = lnc.layer_norm(x, (8,), w, b) if r is None else sum(lnc.add_layer_norm(x, r, (8,), w, b))
+        return torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
+
+    present = [i for i, t in enumerate(leaves) if t is not None]
+    full = dict(zip(present, run(present), strict=True))
+    for bits in range(1, 2 ** len(present)):
+        wanted = [i for k, i in enumerate(present) if bits >> k & 1]
+        for i, grad in zip(wanted, run(wanted), strict=True):
+            torch.testing.assert_close(grad, full[i])
+
+
+def test_what_is_saved():
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    y = lnc.layer_norm(x, (8,), w).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+    y = lnc.layer_norm(x, (8,), w).sum()
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+        lnc.add_layer_norm(x, X, (8,), w)[0].sum().backward()
+    assert packed == [(3, 8), (8,), (2, 3)]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_compiled_autograd(residual):
+    """Of a forward that was not compiled."""
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        pytest.skip("older ones compile the nodes of PyTorch itself only")
+
+    def grads():
+        leaves = [t.clone().requires_grad_() for t in (X, W, B)]
+        x, w, b = leaves
+        y = sum(lnc.add_layer_norm(x, X, (8,), w, b)) if residual else lnc.layer_norm(x, (8,), w, b)
+        y.sin().sum().backward()
+        return [t.grad for t in leaves]
+
+    want = grads()
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        got = grads()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
