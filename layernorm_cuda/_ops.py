@@ -2,8 +2,7 @@
 
 ``norm_forward`` and ``norm_backward`` here skip the dispatcher's argument parsing; ``torch.ops.layernorm_cuda`` has
 the same two for ``torch.compile`` and everything else that works on operators. ``norm`` is the whole call with its
-derivative in C++ (csrc/python.cpp), for plain tensors: ``functional`` has it try first and
-takes over where it returns None.
+derivative in C++ (csrc/python.cpp), for plain tensors; where it returns None, ``functional`` takes over.
 """
 
 import math
