@@ -307,18 +307,90 @@ def test_partials(kernels):
 
 # ---- faults planted in the kernels' own source ----------------------------------------------------------------------
 
-BARRIER = re.compile(r"(?:__syncthreads|group_barrier)\([^;{}]*\);")
+BARRIER = re.compile(r"(?:__syncthreads|group_barrier|cluster\.sync)\([^;{}]*\);")
+
+# name: (file, what stands there, what stands there instead, where FAULT is true if it is this one's turn, and the kind
+# of report that is expected: "wrong" where nothing but the results can tell).
+FAULTS = {
+    "a tail loses its last element": (
+        "pack.cuh",
+        "if (e < left(v, group)) f(e);",
+        "if (e < left(v, group) - FAULT) f(e);",
+        "wrong",
+    ),
+    "packs beyond the row are touched": (
+        "pack.cuh",
+        "return v < SURE || left(v, group) > 0;",
+        "return FAULT || v < SURE || left(v, group) > 0;",
+        "out of bounds",
+    ),
+    "a shuffle's mask names other lanes": (
+        "group.cuh",
+        "(kWidth == 32 ? 0 : index * kWidth % 32)",
+        "(kWidth == 32 || FAULT ? 0 : index * kWidth % 32)",
+        "absent lane",
+    ),
+    "row offsets have 32 bits": (
+        "pack.cuh",
+        "return row * map.inner_stride;",
+        "return FAULT ? static_cast<int32_t>(row * map.inner_stride) : row * map.inner_stride;",
+        "out of bounds",
+    ),
+    "partials of weight and bias are swapped": (
+        "backward.cuh",
+        "(blockIdx.y == 0 ? p.grad_weight : p.grad_bias)",
+        "(blockIdx.y == FAULT ? p.grad_weight : p.grad_bias)",
+        "wrong",
+    ),
+    "the fold leaves out a partial": (
+        "backward.cuh",
+        "if (i + k * kFoldWarps < row_blocks)",
+        "if (i + k * kFoldWarps < row_blocks - FAULT)",
+        "wrong",
+    ),
+    "merged parts count as one of them": (
+        "welford.cuh",
+        "half_inverse *= A(0.5);",
+        "if (!FAULT) half_inverse *= A(0.5);",
+        "wrong",
+    ),
+    "the saved shift is not from the pivot": (
+        "forward.cuh",
+        "stats[row] = shift;",
+        "stats[row] = FAULT ? A(0) : shift;",
+        "wrong",
+    ),
+    "threads share a place in shared memory": (
+        "forward.cuh",
+        "kept += group.size) *kept = raw[v];",
+        "kept += group.size - FAULT) *kept = raw[v];",
+        "race",
+    ),
+    "a block keeps its moments from its cluster": (
+        "forward.cuh",
+        "*cluster.map(&moments[i], group.rank) = m;",
+        "*cluster.map(&moments[i], FAULT ? first : group.rank) = m;",
+        "race",
+    ),
+    "the row after the last is loaded": (
+        "backward.cuh",
+        "if (kAhead && row + stride < p.rows) in",
+        "if (kAhead && row + (FAULT ? 0 : stride) < p.rows) in",
+        "out of bounds",
+    ),
+    "reductions do not alternate": ("group.cuh", "turn ^= 1;", "turn ^= !FAULT;", "race"),
+}
 
 
 @pytest.fixture(scope="module")
 def mutants():
-    """Kernels of one data type in which any one barrier can be switched off; and where the barriers are."""
-    places = []
+    """Kernels of one data type in which any one barrier can be switched off, or a fault of FAULTS on; the names of
+    what lnc_host_mutant = 1, 2 ... chooses, with the kind of report that should come of it."""
+    planted = []
 
     def guard(match):
-        line = match.string.count("\n", 0, match.start()) + 1
-        places.append(f"{path.name}:{line}")
-        return f"if (lnc_host_mutant != {len(places)}) {match[0]}"
+        planted.append((f"{path.name}:{match.string.count(chr(10), 0, match.start()) + 1} {match[0]}", "race"))
+        return f"if (lnc_host_mutant != {len(planted)}) {match[0]}"
 
     source, target = build.ROOT / "csrc", build.OUTPUT / "mutants" / "csrc"
     copied = set()
@@ -326,42 +398,78 @@ def mutants():
         if path.suffix == ".cu" and "_" in path.name and "f32" not in path.name:
             continue
         text, copy = BARRIER.sub(guard, path.read_text()), target / path.relative_to(source)
+        for name, (file, right, wrong, kind) in FAULTS.items():
+            if file == path.name:
+                assert text.count(right) == 1, f"{file}: {right}"
+                planted.append((name, kind))
+                text = text.replace(right, wrong.replace("FAULT", f"(lnc_host_mutant == {len(planted)})"))
         copied.add(copy)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)
     for stale in set((target / "kernels").iterdir()) - copied:
         stale.unlink()
-    return Kernels(build.mutants(target), lazy=True), places
+    return Kernels(build.mutants(target), lazy=True), planted
+
+
+# As few as reach every barrier and every fault.
+MUTANT_CASES = [
+    (Case(70, 70, "f32"), {}),
+    (Case(70, 300, "f32"), {}),
+    (Case(30, 256, "f32"), {}),
+    (Case(20, 1200, "f32"), {}),
+    (Case(3, 5000, "f32"), {}),
+    (Case(2, 16388, "f32"), dict(arch=80)),
+    (Case(5, 10000, "f32"), {}),
+    (Case(3, 40000, "f32"), {}),
+    (Case(2, 40000, "f32"), dict(sm_count=64)),
+    (Case(2, 8, "f32", padding=1 << 31), {}),
+]
+
+
+def symptoms(kernels, case, device):
+    """The kinds of reports, "wrong" where only the results are."""
+    kernels.reset()
+    kernels.device(**device)
+    large = case.padding > 1 << 20
+    kernels.check(races=not large, distinct=not large)
+    inputs = kernels.inputs(case)
+    forward = kernels.forward(case, inputs)
+    backward = None
+    if kernels.status == 0:
+        backward = kernels.backward(case, inputs, inputs["input"], forward["stats"])
+    kinds = {report.kind for report in kernels.result()[0]}
+    kernels.check()
+    if kinds or kernels.status:
+        return kinds or {"status"}
+    try:
+        check_forward(case, inputs, forward)
+        check_backward(case, inputs, inputs["input"], backward)
+    except AssertionError:
+        return {"wrong"}
+    return set()
 
 
 @counted
-def test_removed_barrier_is_found(mutants):
-    kernels, places = mutants
-    assert len(places) >= 3
+def test_planted_faults_are_found(mutants):
+    """Every barrier removed in turn, every fault of FAULTS planted in turn, and none at all."""
+    kernels, planted = mutants
     mutant = ctypes.c_int.in_dll(kernels.calls, "lnc_host_mutant")
-    cases = [
-        Case(70, 70, "f32"),
-        Case(70, 300, "f32"),
-        Case(20, 1200, "f32"),
-        Case(3, 5000, "f32"),
-        Case(3, 40000, "f32"),
-    ]
-    found = set()
-    for number in range(len(places) + 1):
-        mutant.value = number
-        for case in cases:
-            kernels.reset()
-            inputs = kernels.inputs(case)
-            stats = kernels.forward(case, inputs)["stats"]
-            if kernels.status == 0:
-                kernels.backward(case, inputs, inputs["input"], stats)
-            reports = kernels.result()[0]
-            if reports:
-                assert any(report.kind == "race" for report in reports), reports
-                found.add(number)
-                break
-    assert found == set(range(1, len(places) + 1)), [places[n - 1] for n in set(range(1, len(places) + 1)) - found]
+    assert sum(kind == "race" for _, kind in planted) > len(FAULTS) / 2
+    missed = {}
+    try:
+        for number, (name, kind) in enumerate([("nothing", None), *planted]):
+            mutant.value = number
+            seen = set()
+            for case, device in MUTANT_CASES:
+                seen |= symptoms(kernels, case, device)
+                if kind in seen:
+                    break
+            if (kind not in seen) if kind else seen:
+                missed[name] = seen
+    finally:
+        mutant.value = 0
+    assert not missed
 
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ if reason := compiled.unsupported():
 
 # 65,536 registers a multiprocessor, 512 threads a block: the most that lets one block run, or 4 of 128 threads.
 REGISTERS = 128
-# Bytes that ptxas 13.0 still puts on the stack, in a few kernels of newer architectures (float64, and half data with
-# float gradients, for the most part): known, not wanted.
-KNOWN_STACK = {"sm_100": 8, "sm_120": 48}
+# Bytes that ptxas 13.0 still puts on the stack, in a few instantiations of these (16-bit data with float gradients for
+# the most part): known, not wanted.
+KNOWN_STACK = {"backward_staged": 48, "backward_rows": 16, "forward_rows": 8}
 # These move single values: the partials of a column, the sums of a slice.
 NARROW_STORES = {"fold_partials", "backward_slice_sums"}
 NARROW_LOADS = {"fold_partials"}
@@ -24,8 +24,7 @@ needs_cuobjdump = pytest.mark.skipif(not compiled.CUOBJDUMP, reason="no cuobjdum
 
 @pytest.fixture(scope="module")
 def objects():
-    """Compiled by make they have passed with warnings, spills and local memory as errors; .ci/run builds the
-    extension in the same way."""
+    """Compiled by make they have passed with warnings as errors; .ci/run builds the extension in the same way."""
     return compiled.objects()
 
 
@@ -59,7 +58,7 @@ def test_registers_and_stack(objects):
         for arch, symbol, body in machine_code(dump(path, "--dump-resource-usage"), r"arch = ", r" Function "):
             usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", body)}
             seen[arch] += 1
-            if usage["REG"] > REGISTERS or usage["STACK"] > KNOWN_STACK.get(arch, 0) or usage["LOCAL"]:
+            if usage["REG"] > REGISTERS or usage["STACK"] > KNOWN_STACK.get(kernel_name(symbol), 0) or usage["LOCAL"]:
                 wrong.append((arch, symbol, usage))
     assert not wrong
     assert len(set(seen.values())) == 1, f"kernels by architecture: {seen}"
@@ -79,13 +78,15 @@ def test_loads_and_stores(objects):
             seen[kernel] += 1
             for operation, modifiers in re.findall(r"\b(LDG|STG|LDL|STL)\b([.\w]*)", body):
                 widths[operation][next(iter(re.findall(r"\.(64|128|256)\b", modifiers)), "32")] += 1
+            if not widths["LDG"] and kernel.startswith("backward"):
+                continue  # of another architecture: rows in shared memory before sm_90, in clusters from there on
             wide_loads, wide_stores = widths["LDG"]["128"] > 0, widths["STG"]["128"] > 0
+            narrow_loads = kernel in NARROW_LOADS and symbol.count("Li1EEEv")  # one column a thread
             if (
-                widths["LDL"]
-                or widths["STL"]
+                ((widths["LDL"] or widths["STL"]) and kernel not in KNOWN_STACK)
                 or widths["LDG"]["256"]
                 or widths["STG"]["256"]
-                or (wide_loads == (kernel in NARROW_LOADS))
+                or (wide_loads == bool(narrow_loads))
                 or (wide_stores == (kernel in NARROW_STORES))
             ):
                 wrong.append((arch, symbol, {name: dict(count) for name, count in widths.items()}))

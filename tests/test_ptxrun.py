@@ -101,6 +101,14 @@ def tiers(dtype, direction):
     return [(name, int(most or 0)) for name, most in found]
 
 
+def arch_with(tier, number=0):
+    """One of the architectures that have a tier: backward keeps long rows in clusters where it can."""
+    archs = compiled.ptx_archs()
+    if tier in ("cluster", "staged"):
+        archs = [arch for arch in archs if (int(arch) >= 90) == (tier == "cluster")]
+    return archs[number % len(archs)] if archs else None
+
+
 # ---- every tier, in every policy ------------------------------------------------------------------------------------
 
 POLICIES = {
@@ -127,23 +135,27 @@ CASES = [
 @pytest.mark.parametrize("policy, dtype", CASES)
 def test_every_tier(policy, dtype, direction):
     options = POLICIES[policy].replace("WIDE", WIDE[dtype])
-    archs, shorter = compiled.ptx_archs(), 0
-    for i, (_, most) in enumerate(tiers(dtype, direction)):
+    shorter = 0
+    for i, (name, most) in enumerate(tiers(dtype, direction)):
         # The longest row of a tier and one that ends in the middle of a pack, in turns.
         number = i + list(POLICIES).index(policy)
-        cols = most or shorter + 16 // SIZE[dtype]
-        if number % 2 and most > shorter + 1:
-            cols = (shorter + most) // 2 + 1 | 1
+        arch = arch_with(name, number)
+        if not arch:
+            continue
+        long = name in ("staged", "cluster", "slices")
+        cols = shorter + 16 // SIZE[dtype] if long else most
+        if number % 2:
+            cols = cols + 1 if long else (shorter + most) // 2 + 1 | 1
         Case(
             rows=2 if cols > 2048 else 5 if cols > 64 else 70,
             cols=cols,
             dtype=dtype,
             direction=direction,
-            options=options,
-            arch=archs[number % len(archs)],
+            options=f"{options} --tier {name}",
+            arch=arch,
             seed=number % 3,
         ).run()
-        shorter = most
+        shorter = shorter if long else most
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -194,8 +206,33 @@ def test_forward_reads_and_writes_once(dtype, cols, options):
         assert_written(case, launch, "sum")
 
 
+@pytest.mark.parametrize("options", ["", "--residual", "--misalign 1"])
+@pytest.mark.parametrize(
+    "tier, dtype, cols", [("staged", "f32", 16384), ("staged", "f16", 20000), ("cluster", "bf16", 70000)]
+)
+def test_long_rows_are_read_once(tier, dtype, cols, options):
+    arch = arch_with(tier)
+    if not arch:
+        pytest.skip(f"no PTX here is of an architecture with the tier {tier}")
+    case = Case(2, cols, dtype, options=f"--tier {tier} {options}", arch=arch)
+    (launch,) = case.run()
+    assert_read(case, launch, "input", pivots=True)
+    assert_written(case, launch, "output")
+
+
+def test_backward_in_clusters_reads_once():
+    arch = arch_with("cluster")
+    if not arch:
+        pytest.skip("no PTX here is of an architecture with clusters")
+    case = Case(6, 20000, "f16", "backward", arch=arch)
+    launch, _ = case.run()
+    assert_read(case, launch, "input", pivots=True)
+    assert_read(case, launch, "grad_output")
+    assert_written(case, launch, "grad_input")
+
+
 def test_forward_in_slices_reads_twice():
-    case = Case(2, 20000)
+    case = Case(2, 20000, options="--tier slices")
     first, second = case.run()
     for launch in (first, second):
         assert_read(case, launch, "input", pivots=True)

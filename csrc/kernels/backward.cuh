@@ -21,7 +21,7 @@ constexpr int kBackwardThreads = 512;
 
 struct BackwardArgs {
   BackwardParams p;
-  bool input_aligned, grad_output_aligned, grad_sum_aligned, grad_input_aligned;
+  bool grad_output_aligned;
   bool wide_params;
   bool param_grads;  // whether weight or bias gradients are wanted: then partials are written
   double inverse_cols;
@@ -47,10 +47,10 @@ struct Incoming {
     const BackwardParams& p = args.p;
     const T* input = static_cast<const T*>(p.input) + row_offset(p.input_rows, row);
     const D* grad = static_cast<const D*>(p.grad_output) + row_offset(p.grad_output_rows, row) + begin;
-    load_row(x, input + begin, extent, args.input_aligned, group);
+    load_row(x, input + begin, extent, group);
     if constexpr (M == 1) {
       Raw<T> raw[VECS];
-      load_row(raw, reinterpret_cast<const T*>(grad), extent, args.grad_output_aligned, group);
+      load_row(raw, reinterpret_cast<const T*>(grad), extent, group);
 #pragma unroll
       for (int v = 0; v < VECS; ++v) dy[v][0] = raw[v];
     } else {
@@ -172,9 +172,6 @@ struct BackwardPart {
   template <bool GRADS, int EARLY, int ALL, class E, class G>
   __device__ void take(const Incoming<T, D, VECS>& in, const Param<T, EARLY>& weight, ParamGrads<T, ALL>& grads,
                        int first, A (&sums)[2], const E& extent, const G& group) {
-    constexpr ParamKind kKind = !E::kWhole                  ? ParamKind::any
-                                : std::is_same<T, D>::value ? ParamKind::narrow
-                                                            : ParamKind::wide;
     rstd = in.rstd;
     A part[4] = {sums[0], 0, sums[1], 0};
 #pragma unroll
@@ -183,7 +180,7 @@ struct BackwardPart {
       in.template values<norm>(v, xhat[v], g[v]);
       if (GRADS) grads.add(first + v, xhat[v], g[v]);
       A w[N];
-      weight.template values<kKind>(v, w, A(1), extent, group);
+      weight.template values<E::kWhole>(v, w, A(1), extent, group);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         g[v][e] = multiply(g[v][e], w[e]);
@@ -204,8 +201,7 @@ struct BackwardPart {
     T* const out = static_cast<T*>(p.grad_input) + row * p.cols + begin;
     Raw<T> raw[VECS];
     if (p.grad_sum)
-      load_row(raw, static_cast<const T*>(p.grad_sum) + row_offset(p.grad_sum_rows, row) + begin, extent,
-               args.grad_sum_aligned, group);
+      load_row(raw, static_cast<const T*>(p.grad_sum) + row_offset(p.grad_sum_rows, row) + begin, extent, group);
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       if (E::kWhole && !extent.has(v, group)) continue;
@@ -225,7 +221,7 @@ struct BackwardPart {
       else
         raw[v] = pack<T>(g[v]);
     }
-    if (!E::kWhole) store_row(out, raw, extent, args.grad_input_aligned, group);
+    if (!E::kWhole) store_row(out, raw, extent, group);
   }
 };
 
@@ -299,7 +295,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   constexpr int N = kPack<T>;
   // Whether registers suffice for the next row too, on its way while this one is reduced, and for what was made of
   // this one until it is used. Where not, a row is taken from its bytes twice.
-  constexpr bool kAhead = WHOLE && std::is_same<T, D>::value;
+  constexpr bool kAhead = WHOLE;
   // Room for the gradients of all groups of a block.
   constexpr int kRoom = CLUSTER ? 4 : kBackwardThreads * VECS * N / (SIZE == kWarps ? 1 : 32 / SIZE);
   __shared__ __align__(16) A shared[kRoom];

@@ -15,7 +15,7 @@ struct ForwardArgs {
   ForwardParams p;
   bool even;   // every thread of a group has the same number of elements
   bool plain;  // weight and bias are there, and they and the output are as narrow as the data
-  bool input_aligned, residual_aligned, sum_aligned, output_aligned;
+  bool output_aligned;
   bool wide_params, wide_output;  // stored in the accumulation type while the data are narrower
   double inverse_cols;
   int64_t slice_cols, slices;
@@ -48,12 +48,10 @@ __device__ inline void fetch(Raw<T> (&raw)[VECS], const ForwardArgs& args, int64
                              bool write_sum, const G& group) {
   constexpr int N = kPack<T>;
   const ForwardParams& p = args.p;
-  load_row(raw, static_cast<const T*>(p.input) + row_offset(p.input_rows, row) + begin, extent, args.input_aligned,
-           group);
+  load_row(raw, static_cast<const T*>(p.input) + row_offset(p.input_rows, row) + begin, extent, group);
   if (!p.residual) return;
   Raw<T> more[VECS];
-  load_row(more, static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row) + begin, extent,
-           args.residual_aligned, group);
+  load_row(more, static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row) + begin, extent, group);
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
     Accumulate<T> a[N], b[N];
@@ -63,7 +61,7 @@ __device__ inline void fetch(Raw<T> (&raw)[VECS], const ForwardArgs& args, int64
     for (int e = 0; e < N; ++e) a[e] += b[e];
     raw[v] = pack<T>(a);
   }
-  if (write_sum) store_row(static_cast<T*>(p.sum) + row * p.cols + begin, raw, extent, args.sum_aligned, group);
+  if (write_sum) store_row(static_cast<T*>(p.sum) + row * p.cols + begin, raw, extent, group);
 }
 
 template <class T, Norm norm>
@@ -160,7 +158,6 @@ __device__ inline void write_output(RowPart<T, norm, VECS, E>& x, const Param<T,
                                     const ForwardArgs& args, int64_t offset, const G& group) {
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
-  constexpr ParamKind kKind = PLAIN ? ParamKind::narrow : ParamKind::any;
   const E& extent = x.extent;
   const A centre = -shift * rstd;
   Raw<T> raw[VECS];
@@ -168,8 +165,8 @@ __device__ inline void write_output(RowPart<T, norm, VECS, E>& x, const Param<T,
   for (int v = 0; v < VECS; ++v) {
     if (E::kWhole && !extent.has(v, group)) continue;
     A w[N], b[N];
-    weight.template values<kKind>(v, w, A(1), extent, group);
-    bias.template values<kKind>(v, b, A(0), extent, group);
+    weight.template values<PLAIN>(v, w, A(1), extent, group);
+    bias.template values<PLAIN>(v, b, A(0), extent, group);
 #pragma unroll
     for (int e = 0; e < N; ++e) x.d[v][e] = multiply_add(multiply_add(x.d[v][e], rstd, centre), w[e], b[e]);
     if (!PLAIN && args.wide_output)
@@ -181,7 +178,7 @@ __device__ inline void write_output(RowPart<T, norm, VECS, E>& x, const Param<T,
       raw[v] = pack<T>(x.d[v]);
   }
   if (!E::kWhole && (PLAIN || !args.wide_output))
-    store_row(static_cast<T*>(args.p.output) + offset, raw, extent, args.output_aligned, group);
+    store_row(static_cast<T*>(args.p.output) + offset, raw, extent, group);
 }
 
 template <class T, Norm norm, int VECS, class E, int EARLY, class G>
@@ -189,8 +186,8 @@ __device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, const Param<T, E
                                   const Param<T, EARLY>& bias, Accumulate<T> shift, Accumulate<T> rstd,
                                   const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
   const int64_t offset = row * args.p.cols + begin;
-  if (args.plain)
-    write_output<true>(x, weight, bias, shift, rstd, args, offset, group);
+  if (E::kWhole && args.plain)
+    write_output<E::kWhole>(x, weight, bias, shift, rstd, args, offset, group);
   else
     write_output<false>(x, weight, bias, shift, rstd, args, offset, group);
 }

@@ -58,9 +58,6 @@ ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   a.wide_params = sizeof(T) < sizeof(A) && p.param_dtype == accumulate_type(p.dtype);
   a.wide_output = sizeof(T) < sizeof(A) && p.output_dtype == accumulate_type(p.dtype);
   a.plain = p.weight && p.bias && !a.wide_params && !a.wide_output;
-  a.input_aligned = is_aligned(p.input, p.input_rows, p.rows, sizeof(T));
-  a.residual_aligned = !p.residual || is_aligned(p.residual, p.residual_rows, p.rows, sizeof(T));
-  a.sum_aligned = is_aligned(p.sum, dense, p.rows, sizeof(T));
   a.output_aligned = is_aligned(p.output, dense, p.rows, size_of(p.output_dtype));
   a.inverse_cols = 1.0 / double(p.cols);
   a.slice_cols = plan.slice_cols;
@@ -91,7 +88,6 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
     case 16:
       return launch(vecs == 2 ? forward_rows<T, norm, 16, 2, WHOLE> : forward_rows<T, norm, 16, 4, WHOLE>);
     case 32:
-      if (vecs == 3) return launch(forward_rows<T, norm, 32, 3, WHOLE>);
       if (vecs == 4) return launch(forward_rows<T, norm, 32, 4, WHOLE>);
       if constexpr (wide) {
         if (vecs == 6) return launch(forward_rows<T, norm, 32, 6, WHOLE>);
@@ -108,7 +104,10 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
 template <class T, Norm norm>
 cudaError_t launch_forward_norm(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
   const ForwardArgs args = forward_args<T>(p, plan);
-  const bool aligned = args.input_aligned && args.residual_aligned && args.sum_aligned && args.output_aligned;
+  const RowMap dense = RowMap::contiguous(p.rows, p.cols);
+  const bool aligned = is_aligned(p.input, p.input_rows, p.rows, sizeof(T)) &&
+                       is_aligned(p.residual, p.residual_rows, p.rows, sizeof(T)) &&
+                       is_aligned(p.sum, dense, p.rows, sizeof(T)) && args.output_aligned;
   return aligned && is_whole<T>(plan, p.cols) ? launch_forward_rows<T, norm, true>(args, plan, stream)
                                               : launch_forward_rows<T, norm, false>(args, plan, stream);
 }
@@ -126,10 +125,7 @@ BackwardArgs backward_args(const BackwardParams& p, const Plan& plan) {
   a.p = p;
   a.wide_params = sizeof(T) < sizeof(A) && p.param_dtype == accumulate_type(p.dtype);
   a.param_grads = p.grad_weight || p.grad_bias;
-  a.input_aligned = is_aligned(p.input, p.input_rows, p.rows, sizeof(T));
   a.grad_output_aligned = is_aligned(p.grad_output, p.grad_output_rows, p.rows, sizeof(D));
-  a.grad_sum_aligned = !p.grad_sum || is_aligned(p.grad_sum, p.grad_sum_rows, p.rows, sizeof(T));
-  a.grad_input_aligned = is_aligned(p.grad_input, RowMap::contiguous(p.rows, p.cols), p.rows, sizeof(T));
   a.inverse_cols = 1.0 / double(p.cols);
   a.slice_cols = plan.slice_cols;
   a.slices = plan.slices;
@@ -180,14 +176,18 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
   return cudaErrorInvalidConfiguration;
 }
 
+// Whole rows with a weight of their own type are the usual case; the others share kernels that take anything.
 template <class T, class D, Norm norm>
 cudaError_t launch_backward_norm(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  const bool aligned =
-      args.input_aligned && args.grad_output_aligned && args.grad_sum_aligned && args.grad_input_aligned;
-  const bool usual = args.p.weight && args.wide_params == !std::is_same<T, D>::value;
-  return aligned && usual && is_whole<T>(plan, args.p.cols)
-             ? launch_backward_rows<T, D, norm, true>(args, plan, stream)
-             : launch_backward_rows<T, D, norm, false>(args, plan, stream);
+  if constexpr (std::is_same<T, D>::value) {
+    const BackwardParams& p = args.p;
+    const bool aligned = args.grad_output_aligned && is_aligned(p.input, p.input_rows, p.rows, sizeof(T)) &&
+                         is_aligned(p.grad_sum, p.grad_sum_rows, p.rows, sizeof(T)) &&
+                         is_aligned(p.grad_input, RowMap::contiguous(p.rows, p.cols), p.rows, sizeof(T));
+    if (aligned && p.weight && !args.wide_params && is_whole<T>(plan, p.cols))
+      return launch_backward_rows<T, D, norm, true>(args, plan, stream);
+  }
+  return launch_backward_rows<T, D, norm, false>(args, plan, stream);
 }
 
 template <class A, class P>

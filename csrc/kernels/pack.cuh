@@ -205,12 +205,12 @@ __device__ inline int64_t row_offset(const RowMap& map, int64_t row) {
   return r / inner * map.outer_stride + r % inner * map.inner_stride;
 }
 
-// Whether every row of an array begins at a multiple of 16 bytes. Rows of one launch all take the same path.
+// Whether every row of an array begins at a multiple of 16 bytes; yes where there is no array.
 inline bool is_aligned(const void* p, const RowMap& map, int64_t rows, int64_t size) {
   auto multiple = [](int64_t bytes) { return bytes % 16 == 0; };
-  return multiple(reinterpret_cast<intptr_t>(p)) &&
-         (rows == 1 || map.inner == 1 || multiple(map.inner_stride * size)) &&
-         (rows <= map.inner || multiple(map.outer_stride * size));
+  return !p || (multiple(reinterpret_cast<intptr_t>(p)) &&
+                (rows == 1 || map.inner == 1 || multiple(map.inner_stride * size)) &&
+                (rows <= map.inner || multiple(map.outer_stride * size)));
 }
 
 template <class G>
@@ -283,8 +283,8 @@ __device__ inline Raw<T>* thread_packs(T* row, const G& group) {
   return reinterpret_cast<Raw<T>*>(row) + group.rank;
 }
 
-// A misaligned row is read in aligned windows, each once but for one a warp: a pack's other half is the next lane's
-// window.
+// A row that begins anywhere is read in aligned windows, each once but for one a warp: a pack's other half is the next
+// lane's window.
 template <class T, int VECS, class G>
 __device__ inline void load_windows(uint4 (&raw)[VECS], const T* row, int cols, const G& group) {
   constexpr int N = kPack<T>;
@@ -313,7 +313,7 @@ __device__ inline void load_windows(uint4 (&raw)[VECS], const T* row, int cols, 
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
     beyond[v] = zeros();
-    if (is_last_lane) beyond[v] = window(v * group.size + group.rank + 1);
+    if (is_last_lane && skip) beyond[v] = window(v * group.size + group.rank + 1);
   }
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
@@ -347,57 +347,38 @@ __device__ inline void store_windows(T* row, const uint4 (&raw)[VECS], int cols,
   }
 }
 
-// The thread's packs of a row; zeros beyond its end. aligned: the row begins at a multiple of 16 bytes.
+// The thread's packs of a row; zeros beyond its end.
 template <class T, int VECS, bool WHOLE, int SURE, class G>
-__device__ inline void load_row(Raw<T> (&raw)[VECS], const T* row, const Extent<T, WHOLE, SURE>& extent, bool aligned,
+__device__ inline void load_row(Raw<T> (&raw)[VECS], const T* row, const Extent<T, WHOLE, SURE>& extent,
                                 const G& group) {
-  constexpr int N = kPack<T>;
-  const int cols = extent.cols;
-  if (WHOLE || aligned) {
+  if constexpr (WHOLE) {
     const Raw<T>* packs = thread_packs(row, group);
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       if (v >= SURE) raw[v] = Raw<T>{};
-      if (WHOLE ? extent.has(v, group) : extent.left(v, group) >= N) raw[v] = packs[v * group.size];
-    }
-    const int full = cols / N;
-    if (!WHOLE && cols % N != 0 && full % group.size == group.rank) {
-      const Raw<T> tail = bits<Raw<T>>(load_elements(row + full * N, 0, cols % N));
-#pragma unroll
-      for (int v = 0; v < VECS; ++v)
-        if (v * group.size + group.rank == full) raw[v] = tail;
+      if (extent.has(v, group)) raw[v] = packs[v * group.size];
     }
   } else {
     uint4 windows[VECS];
-    load_windows(windows, row, cols, group);
+    load_windows(windows, row, extent.cols, group);
 #pragma unroll
     for (int v = 0; v < VECS; ++v) raw[v] = bits<Raw<T>>(windows[v]);
   }
 }
 
 template <class T, int VECS, bool WHOLE, int SURE, class G>
-__device__ inline void store_row(T* row, const Raw<T> (&raw)[VECS], const Extent<T, WHOLE, SURE>& extent, bool aligned,
+__device__ inline void store_row(T* row, const Raw<T> (&raw)[VECS], const Extent<T, WHOLE, SURE>& extent,
                                  const G& group) {
-  constexpr int N = kPack<T>;
-  const int cols = extent.cols;
-  if (WHOLE || aligned) {
+  if constexpr (WHOLE) {
     Raw<T>* packs = thread_packs(row, group);
 #pragma unroll
     for (int v = 0; v < VECS; ++v)
-      if (WHOLE ? extent.has(v, group) : extent.left(v, group) >= N) packs[v * group.size] = raw[v];
-    const int full = cols / N;
-    if (!WHOLE && cols % N != 0 && full % group.size == group.rank) {
-      Raw<T> tail = raw[0];
-#pragma unroll
-      for (int v = 1; v < VECS; ++v)
-        if (v * group.size + group.rank == full) tail = raw[v];
-      store_elements(row + full * N, bits<uint4>(tail), 0, cols % N);
-    }
+      if (extent.has(v, group)) packs[v * group.size] = raw[v];
   } else {
     uint4 windows[VECS];
 #pragma unroll
     for (int v = 0; v < VECS; ++v) windows[v] = bits<uint4>(raw[v]);
-    store_windows(row, windows, cols, group);
+    store_windows(row, windows, extent.cols, group);
   }
 }
 
@@ -446,9 +427,6 @@ __device__ inline void touch(const void* p) {
 #endif
 }
 
-// Weights in the data's own type, in the accumulation type, or one of these or none.
-enum class ParamKind { narrow, wide, any };
-
 // Weight or bias. Of the thread's packs the first EARLY are loaded with the row, the others when they are used: L1
 // has them by then, and registers are what limits how many rows are on their way.
 template <class T, int EARLY>
@@ -474,13 +452,13 @@ struct Param {
     for (int v = EARLY; v < E::kSure; ++v) touch(thread_packs(static_cast<const T*>(first), group) + v * group.size);
   }
 
-  // KIND promises at compile time what is there.
-  template <ParamKind KIND, class E, class G>
+  // PLAIN promises at compile time that there is one, as narrow as the data.
+  template <bool PLAIN, class E, class G>
   __device__ void values(int v, A (&out)[N], A absent, const E& extent, const G& group) const {
-    if (KIND == ParamKind::any && !first) {
+    if (!PLAIN && !first) {
 #pragma unroll
       for (int e = 0; e < N; ++e) out[e] = absent;
-    } else if (KIND == ParamKind::wide || (KIND == ParamKind::any && wide)) {
+    } else if (!PLAIN && wide) {
       load_wide<T>(out, static_cast<const A*>(first), v * group.size + group.rank, extent.cols, true);
     } else if (v < EARLY) {
       unpack<T>(early[v < EARLY ? v : 0], out);

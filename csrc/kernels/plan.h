@@ -41,7 +41,6 @@ constexpr Tier kForwardTiers[] = {
     {"warp", 16, 2, 128, 32, 8, 2, "short row: 16 threads share it, 2 rows a warp, 2 packs a thread"},
     {"warp", 16, 4, 128, 64, 8, 2, "short row: 16 threads share it, 2 rows a warp, 4 packs a thread"},
     // A warp a row needs no barrier. 128 threads a block: enough rows to hide latency, small enough to fill the tail.
-    {"warp", 32, 3, 128, 96, 8, 2, "a warp a row, 3 packs a thread in registers"},
     {"warp", 32, 4, 128, 128, 8, 2, "a warp a row, 4 packs a thread in registers"},
     // 6 packs serve 768 float32 columns without an idle lane; 8 are 32 elements, the most a thread keeps.
     {"warp", 32, 6, 128, 192, 8, 4, "a warp a row, 6 packs a thread in registers"},
@@ -197,7 +196,10 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceT
       plan.threads = static_cast<int>(ceil_div(groups * plan.threads_per_row, 32) * 32);
       plan.rows_per_block = plan.threads / plan.threads_per_row;
       plan.blocks_x = plan.partials = at_most(device.sm_count, ceil_div(rows, plan.rows_per_block));
-      if (plan.is("staged")) plan.shared = shared_memory(device.arch) - kReservedShared;
+      if (plan.is("staged")) {
+        if (device.has_clusters()) return false;  // which have that kernel's place
+        plan.shared = shared_memory(device.arch) - kReservedShared;
+      }
     }
     return true;
   });
