@@ -277,7 +277,7 @@ struct ClusterSums {
 
   __device__ void add(A (&sums)[2], int turn, const Cluster& cluster) {
     auto& parts = value[turn];
-    if (threadIdx.x < cluster.size) {
+    if (int(threadIdx.x) < cluster.size) {
       A* there = cluster.map(parts[blockIdx.x % cluster.size], threadIdx.x);
       there[0] = sums[0], there[1] = sums[1];
     }
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   const int64_t stride = int64_t(walkers) * group.count();
   int64_t row = (int64_t(group.index / kTogether) * walkers + walker) * kTogether + group.index % kTogether;
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
-  if (CLUSTER) cluster.sync();  // no block writes to another before that has begun
+  if (CLUSTER) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
   for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {
     if (!kAhead) in.template load<norm>(args, row, begin, extent, group);
     BackwardPart<T, D, norm, VECS> part;

@@ -165,11 +165,11 @@ class Kernels(Library):
 
         made = {
             "input": rows(case.dtype, case.mean, m),
-            "residual": rows(case.dtype, 0, 2 * m, case.padding * 2),
+            "residual": rows(case.dtype, 0, 2 * m, case.padding * 2 * case.residual),
             "weight": rows(case.param_dtype, 1, 0, 0, (1, case.cols)),
             "bias": rows(case.param_dtype, 0, 0, 0, (1, case.cols)),
             "grad_output": rows(case.output_dtype, 0.5, 3 * m),
-            "grad_sum": rows(case.dtype, 0, m, case.padding * 3),
+            "grad_sum": rows(case.dtype, 0, m, case.padding * 3 * case.residual),
         }
         for name, present in (("residual", case.residual), ("weight", case.weight), ("bias", case.bias)):
             if not present:
