@@ -6,6 +6,24 @@
 
 namespace lnc::cuda {
 
+// Blocks have 48 KiB without asking; 40 and what a kernel declares itself are less.
+template <class Args>
+cudaError_t ask_shared(void (*kernel)(Args), int64_t bytes) {
+#ifdef LNC_HOST_EXECUTION
+  return cudaSuccess;
+#else
+  if (bytes <= 40 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+#endif
+}
+
+inline void forget_error() {
+#ifndef LNC_HOST_EXECUTION
+  cudaGetLastError();
+#endif
+}
+
 // The one place where kernels start: in tests/host it runs them on the CPU.
 template <class Args>
 cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, dim3 block, cudaStream_t stream, const Args& args,
@@ -15,12 +33,6 @@ cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, dim3 block, cudaStrea
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
   void* list[] = {const_cast<Args*>(&args)};
-  constexpr int64_t kUnasked = 40 << 10;  // with the static part, a block has so much without asking for it
-  if (shared > kUnasked) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
   if (cluster == 1) return cudaLaunchKernel(function, grid, block, list, shared, stream);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -73,7 +85,10 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
   auto launch = [&](void (*kernel)(ForwardArgs)) {
     return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, plan.shared, plan.cluster);
   };
-  if (plan.is("staged") || plan.is("cluster")) return launch(forward_staged<T, norm, 4, WHOLE>);
+  if (plan.is("staged") || plan.is("cluster")) {
+    const cudaError_t status = ask_shared(forward_staged<T, norm, 4, WHOLE>, plan.shared);
+    return status != cudaSuccess ? status : launch(forward_staged<T, norm, 4, WHOLE>);
+  }
   if (plan.is("slices")) {
     const cudaError_t status = launch(forward_slice_moments<T, norm, 4, WHOLE>);
     return status != cudaSuccess ? status : launch(forward_slices<T, norm, 4, WHOLE>);
@@ -154,9 +169,14 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
   if constexpr (sizeof(T) < 8)
     if (plan.is("staged")) {
       constexpr int kVecs = sizeof(T) == 4 ? 2 : 1, kSlices = 4;
+      const auto kernel = backward_staged<T, D, norm, kVecs, kSlices, WHOLE>;
       const int64_t slice_bytes = plan.threads * Incoming<T, D, kVecs>::kStride * 16;
       args.staged = static_cast<int>(at_most(plan.slices - 1, plan.shared / slice_bytes));
-      return launch(backward_staged<T, D, norm, kVecs, kSlices, WHOLE>, args.staged * slice_bytes);
+      if (ask_shared(kernel, plan.shared) != cudaSuccess) {  // what is not kept is read again
+        args.staged = static_cast<int>((40 << 10) / slice_bytes);
+        forget_error();
+      }
+      return launch(kernel, args.staged * slice_bytes);
     }
   switch (plan.tier->group) {
     case 1:
