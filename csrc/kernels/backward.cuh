@@ -68,9 +68,10 @@ struct Incoming {
       }
     }
     const A* stats = static_cast<const A*>(p.stats);
-    pivot = norm == Norm::layer ? A(widen(*input)) : A(0);
-    shift = norm == Norm::layer ? stats[row] : A(0);
-    rstd = stats[(norm == Norm::layer ? p.rows : 0) + row];
+    const bool layer = is_layer<norm>(p);
+    pivot = layer ? A(widen(*input)) : A(0);
+    shift = layer ? stats[row] : A(0);
+    rstd = stats[(layer ? p.rows : 0) + row];
   }
 
   // Where they wait in shared memory: each thread's apart from the others', its packs group.size apart.
@@ -108,7 +109,7 @@ struct Incoming {
     const A centre = -shift * rstd;
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      xhat[e] = norm == Norm::layer ? multiply_add(xhat[e] - pivot, rstd, centre) : xhat[e] * rstd;
+      xhat[e] = norm == Norm::rms ? xhat[e] * rstd : multiply_add(xhat[e] - pivot, rstd, centre);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       A part[kPack<D>];
@@ -184,7 +185,7 @@ struct BackwardPart {
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         g[v][e] = multiply(g[v][e], w[e]);
-        if (norm == Norm::layer) part[e % 2] += g[v][e];
+        if (norm != Norm::rms) part[e % 2] += g[v][e];
         part[2 + e % 2] = multiply_add(g[v][e], xhat[v][e], part[2 + e % 2]);
       }
     }
@@ -196,7 +197,7 @@ struct BackwardPart {
   __device__ void write_grad_input(const BackwardArgs& args, const A (&sums)[2], int64_t row, int64_t begin,
                                    const E& extent, const G& group) {
     const BackwardParams& p = args.p;
-    const A inverse_cols = A(args.inverse_cols), mean_g = sums[0] * inverse_cols,
+    const A inverse_cols = A(args.inverse_cols), mean_g = is_layer<norm>(p) ? sums[0] * inverse_cols : A(0),
             minus_mean_gx = -sums[1] * inverse_cols;
     T* const out = static_cast<T*>(p.grad_input) + row * p.cols + begin;
     Raw<T> raw[VECS];
@@ -207,7 +208,7 @@ struct BackwardPart {
       if (E::kWhole && !extent.has(v, group)) continue;
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const A centred = norm == Norm::layer ? g[v][e] - mean_g : g[v][e];
+        const A centred = norm == Norm::rms ? g[v][e] : g[v][e] - mean_g;
         g[v][e] = rstd * multiply_add(xhat[v][e], minus_mean_gx, centred);
       }
       if (p.grad_sum) {

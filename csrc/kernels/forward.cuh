@@ -34,9 +34,9 @@ constexpr int kForwardThreads = SIZE == kWarps ? 512 : 128;
 // Blocks that a multiprocessor should hold at least: where that spills nothing, what leaves 64 registers a thread, so
 // that rows enough are on their way.
 template <class T, int SIZE, int VECS, bool WHOLE>
-constexpr int kForwardBlocks = !WHOLE || (SIZE == kWarps && sizeof(T) == 2) ? 1
-                               : SIZE == kWarps                             ? 2
-                                                                            : 8;
+constexpr int kForwardBlocks = !WHOLE || sizeof(T) == 8 || (SIZE == kWarps && sizeof(T) == 2) ? 1
+                               : SIZE == kWarps                                               ? 2
+                                                                                              : 8;
 template <class T, int VECS>
 constexpr int kEarlyParams = VECS <= 2                    ? VECS
                              : sizeof(T) == 2 || VECS > 4 ? 0
@@ -67,8 +67,8 @@ __device__ inline void fetch(Raw<T> (&raw)[VECS], const ForwardArgs& args, int64
 template <class T, Norm norm>
 __device__ inline Accumulate<T> pivot_of(const ForwardArgs& args, int64_t row) {
   using A = Accumulate<T>;
-  if (norm == Norm::rms) return A(0);
   const ForwardParams& p = args.p;
+  if (!is_layer<norm>(p)) return A(0);
   const A first = widen(static_cast<const T*>(p.input)[row_offset(p.input_rows, row)]);
   if (!p.residual) return first;
   return widen(narrow<T>(first + widen(static_cast<const T*>(p.residual)[row_offset(p.residual_rows, row)])));
@@ -88,7 +88,7 @@ struct RowPart {
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       unpack<T>(raw[v], d[v]);
-      if (norm == Norm::layer) {
+      if (norm != Norm::rms) {
 #pragma unroll
         for (int e = 0; e < N; ++e) d[v][e] -= pivot;
       }
@@ -106,20 +106,19 @@ struct RowPart {
 
   // Of all the group's parts: mean from the pivot (0 for rms) and sum of squared deviations from it.
   template <class G>
-  __device__ Moments<A> moments(bool even, A inverse_cols, G& group) const {
-    if constexpr (norm == Norm::rms) {
+  __device__ Moments<A> moments(const ForwardParams& p, bool even, A inverse_cols, G& group) const {
+    if (!is_layer<norm>(p)) {
       A squares[1] = {sum(group, [](A& total, A x) { total = multiply_add(x, x, total); })};
       group.sum(squares);
       return {A(0), A(0), squares[0]};
-    } else {
-      constexpr int kAll = VECS * N;
-      const A n = even ? A(kAll) : A(extent.template count<VECS>(group));
-      const A inverse = even ? A(1) / A(kAll) : n > A(0) ? divide(A(1), n) : A(0);
-      const A total = sum(group, [](A& total, A x) { total += x; });
-      const A mean = total * inverse;
-      const A m2 = sum(group, [&](A& total, A x) { total = multiply_add(x - mean, x - mean, total); });
-      return even ? group.template merge_equal<kAll>(total, m2, inverse_cols) : group.merge(Moments<A>{n, mean, m2});
     }
+    constexpr int kAll = VECS * N;
+    const A n = even ? A(kAll) : A(extent.template count<VECS>(group));
+    const A inverse = even ? A(1) / A(kAll) : n > A(0) ? divide(A(1), n) : A(0);
+    const A total = sum(group, [](A& total, A x) { total += x; });
+    const A mean = total * inverse;
+    const A m2 = sum(group, [&](A& total, A x) { total = multiply_add(x - mean, x - mean, total); });
+    return even ? group.template merge_equal<kAll>(total, m2, inverse_cols) : group.merge(Moments<A>{n, mean, m2});
   }
 
   // The sum of squared deviations from mean with everything scaled by a power of two.
@@ -196,8 +195,8 @@ template <Norm norm, class A>
 __device__ inline void save_stats(const ForwardParams& p, int64_t row, A shift, A rstd) {
   A* stats = static_cast<A*>(p.stats);
   if (!stats) return;
-  if (norm == Norm::layer) stats[row] = shift;
-  stats[(norm == Norm::layer ? p.rows : 0) + row] = rstd;
+  if (is_layer<norm>(p)) stats[row] = shift;
+  stats[(is_layer<norm>(p) ? p.rows : 0) + row] = rstd;
 }
 
 // A row a group, the row in the group's registers.
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
   x.take(raw, pivot);
 
   const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
-  const Moments<A> m = x.moments(args.even, inverse_cols, group);
+  const Moments<A> m = x.moments(p, args.even, inverse_cols, group);
   const A variance = m.m2 * inverse_cols + eps;
   A rstd;
   if (in_range(variance)) {
@@ -248,11 +247,12 @@ struct Slice {
 };
 
 template <class T, Norm norm, int VECS, class E, class G>
-__device__ inline SliceMoments<Accumulate<T>> slice_moments(const RowPart<T, norm, VECS, E>& x, G& group) {
+__device__ inline SliceMoments<Accumulate<T>> slice_moments(const ForwardParams& p, const RowPart<T, norm, VECS, E>& x,
+                                                            G& group) {
   using A = Accumulate<T>;
   const int cols = x.extent.cols;
   const A inverse = A(1) / A(cols);
-  const Moments<A> m = x.moments(cols == VECS * kPack<T> * group.size, inverse, group);
+  const Moments<A> m = x.moments(p, cols == VECS * kPack<T> * group.size, inverse, group);
   A variance = m.m2 * inverse, scale = A(1);
   if (!in_range(variance)) {
     scale = rescue_scale(variance);
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(512) forward_slice_moments(const ForwardArgs a
     fetch<T>(raw, args, row, slice.begin, extent, true, group);
     RowPart<T, norm, VECS, decltype(extent)> x(extent);
     x.take(raw, pivot_of<T, norm>(args, row));
-    const SliceMoments<A> m = slice_moments(x, group);
+    const SliceMoments<A> m = slice_moments(args.p, x, group);
     if (group.rank == 0) static_cast<SliceMoments<A>*>(args.p.workspace)[row * args.slices + blockIdx.x] = m;
   }
 }
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(512) forward_staged(const ForwardArgs args) {
       slice = Slice(args, i + args.cluster);
       fetch<T>(raw, args, row, slice.begin, E{slice.cols}, true, group);
     }
-    const SliceMoments<A> m = slice_moments(x, group);
+    const SliceMoments<A> m = slice_moments(args.p, x, group);
     if (group.rank < args.cluster) *cluster.map(&moments[i], group.rank) = m;
   }
   cluster.sync();

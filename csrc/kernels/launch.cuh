@@ -110,8 +110,9 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
       }
       break;
     case kWholeWarps:
-      if (vecs == 4) return launch(forward_rows<T, norm, kWarps, 4, WHOLE>);
-      return launch(forward_rows < T, norm, kWarps, wide ? 8 : 2, WHOLE >);
+      if constexpr (wide)
+        if (vecs == 8) return launch(forward_rows<T, norm, kWarps, 8, WHOLE>);
+      return launch(forward_rows<T, norm, kWarps, 4, WHOLE>);
   }
   return cudaErrorInvalidConfiguration;
 }
@@ -124,7 +125,7 @@ cudaError_t launch_forward_norm(const ForwardParams& p, const Plan& plan, cudaSt
                        is_aligned(p.residual, p.residual_rows, p.rows, sizeof(T)) &&
                        is_aligned(p.sum, dense, p.rows, sizeof(T)) && args.output_aligned;
   return aligned && is_whole<T>(plan, p.cols) ? launch_forward_rows<T, norm, true>(args, plan, stream)
-                                              : launch_forward_rows<T, norm, false>(args, plan, stream);
+                                              : launch_forward_rows<T, Norm::any, false>(args, plan, stream);
 }
 
 template <class T>
@@ -207,7 +208,7 @@ cudaError_t launch_backward_norm(const BackwardArgs& args, const Plan& plan, cud
     if (aligned && p.weight && !args.wide_params && is_whole<T>(plan, p.cols))
       return launch_backward_rows<T, D, norm, true>(args, plan, stream);
   }
-  return launch_backward_rows<T, D, norm, false>(args, plan, stream);
+  return launch_backward_rows<T, D, Norm::any, false>(args, plan, stream);
 }
 
 template <class A, class P>

@@ -225,6 +225,12 @@ __device__ inline uint4 shuffle_down(const uint4& v, const G& group) {
                     __shfl_down_sync(group.mask, v.z, 1, G::kWidth), __shfl_down_sync(group.mask, v.w, 1, G::kWidth));
 }
 
+// Known at compile time where the kernel serves one norm only.
+template <Norm norm, class P>
+__device__ inline bool is_layer(const P& p) {
+  return norm == Norm::any ? p.norm == Norm::layer : norm == Norm::layer;
+}
+
 // Which of a row's packs a thread has: v * group.size + group.rank, v < VECS. WHOLE rows lie at multiples of 16 bytes
 // and come in whole packs, of which the first SURE of a thread are always there: the plan sees to that. Others end
 // anywhere and begin anywhere.
@@ -421,7 +427,7 @@ __device__ inline void store_wide(A* row, const A (&in)[kPack<T>], int i, int co
 // Fetches into L1 what is soon to be loaded, without a register that waits for it.
 __device__ inline void touch(const void* p) {
 #ifndef LNC_HOST_EXECUTION
-  asm volatile("{.reg .b32 unused;\n\tld.global.b32 unused, [%0];}" ::"l"(__cvta_generic_to_global(p)));
+  asm volatile("{.reg .b32 a, b, c, d;\n\tld.global.v4.b32 {a, b, c, d}, [%0];}" ::"l"(__cvta_generic_to_global(p)));
 #else
   (void)p;
 #endif

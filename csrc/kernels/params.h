@@ -5,7 +5,7 @@
 namespace lnc {
 
 enum class DType : int { f32, f16, bf16, f64 };
-enum class Norm : int { layer, rms };
+enum class Norm : int { layer, rms, any };  // any: of a kernel that serves both
 
 constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 constexpr DType accumulate_type(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
