@@ -14,7 +14,7 @@ if reason := compiled.unsupported():
 REGISTERS = 128
 # Bytes that ptxas 13.0 still puts on the stack in a few kernels for rows that begin or end anywhere (16-bit data for
 # the most part, most of it on sm_120), and the most in one for whole rows: known, not wanted.
-KNOWN_STACK = {"backward_rows": 96, "backward_staged": 56, "backward_slices": 48, "backward_slice_sums": 8}
+KNOWN_STACK = {"backward_rows": 96, "backward_staged": 56, "backward_slices": 56, "backward_slice_sums": 8}
 KNOWN_STACK_WHOLE = 8
 # These move single values: the partials of a column, the sums of a slice.
 NARROW_STORES = {"fold_partials", "backward_slice_sums"}
