@@ -226,12 +226,6 @@ struct BackwardPart {
   }
 };
 
-// Columns of the slice that begins at column begin.
-__device__ inline int slice_cols(const BackwardArgs& args, int64_t begin) {
-  const int64_t left = args.p.cols - begin;
-  return static_cast<int>(left < args.slice_cols ? left : args.slice_cols);
-}
-
 // A thread's columns of one array of partials.
 template <class T, int VECS, class G>
 __device__ inline void write_partials(Accumulate<T>* out, const Accumulate<T> (&grads)[VECS][kPack<T>], int cols,

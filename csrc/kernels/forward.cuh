@@ -240,10 +240,7 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
 struct Slice {
   int64_t begin;
   int cols;
-  __device__ Slice(const ForwardArgs& args, int64_t i) : begin(i * args.slice_cols) {
-    const int64_t left = args.p.cols - begin;
-    cols = static_cast<int>(left < args.slice_cols ? left : args.slice_cols);
-  }
+  __device__ Slice(const ForwardArgs& args, int64_t i) : begin(i * args.slice_cols), cols(slice_cols(args, begin)) {}
 };
 
 template <class T, Norm norm, int VECS, class E, class G>

@@ -6,22 +6,20 @@
 
 namespace lnc::cuda {
 
-// Blocks have 48 KiB without asking; 40 and what a kernel declares itself are less.
+// Blocks have 48 KiB without asking; this and what a kernel declares itself are less.
+constexpr int64_t kUnaskedShared = 40 << 10;
+
+// Leaves no error behind that a later call would find.
 template <class Args>
 cudaError_t ask_shared(void (*kernel)(Args), int64_t bytes) {
-#ifdef LNC_HOST_EXECUTION
-  return cudaSuccess;
-#else
-  if (bytes <= 40 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
-#endif
-}
-
-inline void forget_error() {
+  cudaError_t status = cudaSuccess;
 #ifndef LNC_HOST_EXECUTION
-  cudaGetLastError();
+  if (bytes > kUnaskedShared)
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes));
+  if (status != cudaSuccess) cudaGetLastError();
 #endif
+  return status;
 }
 
 // The one place where kernels start: in tests/host it runs them on the CPU.
@@ -173,10 +171,8 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
       const auto kernel = backward_staged<T, D, norm, kVecs, kSlices, WHOLE>;
       const int64_t slice_bytes = plan.threads * Incoming<T, D, kVecs>::kStride * 16;
       args.staged = static_cast<int>(at_most(plan.slices - 1, plan.shared / slice_bytes));
-      if (ask_shared(kernel, plan.shared) != cudaSuccess) {  // what is not kept is read again
-        args.staged = static_cast<int>((40 << 10) / slice_bytes);
-        forget_error();
-      }
+      if (ask_shared(kernel, plan.shared) != cudaSuccess)  // what is not kept is read again
+        args.staged = static_cast<int>(kUnaskedShared / slice_bytes);
       return launch(kernel, args.staged * slice_bytes);
     }
   switch (plan.tier->group) {

@@ -225,6 +225,13 @@ __device__ inline uint4 shuffle_down(const uint4& v, const G& group) {
                     __shfl_down_sync(group.mask, v.z, 1, G::kWidth), __shfl_down_sync(group.mask, v.w, 1, G::kWidth));
 }
 
+// Columns of the slice that begins at column begin.
+template <class Args>
+__device__ inline int slice_cols(const Args& args, int64_t begin) {
+  const int64_t left = args.p.cols - begin;
+  return static_cast<int>(left < args.slice_cols ? left : args.slice_cols);
+}
+
 // Known at compile time where the kernel serves one norm only.
 template <Norm norm, class P>
 __device__ inline bool is_layer(const P& p) {

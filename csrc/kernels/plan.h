@@ -115,7 +115,7 @@ inline Plan lay_out(const Tier* tier, int64_t cols, int64_t element) {
   Plan plan{tier};
   plan.slices = plan.cluster = 1, plan.slice_cols = cols;
   int64_t warps = at_most(ceil_div(packs, 32 * tier->vecs), tier->threads / 32);
-  if (plan.is("staged") || plan.is("slices") || tier->max_packs == kAnyLength) {
+  if (plan.is("staged") || tier->max_packs == kAnyLength) {
     warps = tier->threads / 32;
     plan.slice_cols = warps * 32 * tier->vecs * pack;
     plan.slices = ceil_div(cols, plan.slice_cols);
@@ -141,8 +141,6 @@ Plan choose(const Tier (&tiers)[K], int64_t cols, DType dtype, const char* name,
 }
 
 inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
-  const int64_t slice_bytes = int64_t{512} * 4 * 16,
-                kept = (shared_memory(device.arch) - kReservedShared) / slice_bytes;
   return choose(kForwardTiers, cols, dtype, device.tier, [&](Plan& plan) {
     plan.threads = plan.tier->group == kWholeWarps ? plan.threads_per_row : plan.tier->threads;
     plan.rows_per_block = plan.threads / plan.threads_per_row;
@@ -150,6 +148,8 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTr
     if (plan.is("slices")) {
       plan.blocks_x = plan.slices, plan.blocks_y = at_most(rows, kMaxGridY);
     } else if (plan.is("staged") || plan.is("cluster")) {
+      const int64_t slice_bytes = plan.slice_cols * size_of(dtype),
+                    kept = (shared_memory(device.arch) - kReservedShared) / slice_bytes;
       if (plan.is("cluster")) {
         if (!device.has_clusters()) return false;
         // More blocks than it takes where multiprocessors would stand idle.
