@@ -122,8 +122,12 @@ class Backward {
     const O* dy = row.dy + start;
     const A* w = weight + start;
     const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
+    // 16-bit rows take longer to compute than to read: time to have the lines of dx there when they are written.
+    const bool fetches = sizeof(T) == 2 && is_far(p.rows * p.cols);
+    const T* const dx = row.dx + start;
     Accumulators<V> g_sums, g_xhat_sums;
     sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+      if (LNC_UNLIKELY(fetches) && starts_line<T>(u)) prefetch(dx, i);
       const V xhat = normalised(load<V>(x + i, where), pivot, rstd, offset);
       const V g = keep(load<V>(dy + i, where) * get<V>(w + i, where), where);
       if constexpr (N == Norm::layer) g_sums.v[u] = g_sums.v[u] + g;

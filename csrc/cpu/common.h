@@ -31,8 +31,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 constexpr int64_t grain_of(int64_t elements) { return ceil_div(kGrain, elements > 0 ? elements : 1); }
 
-// What the last-level cache holds for one core, on many a machine. Inputs and outputs of more drive each other out.
-constexpr int64_t kCache = 32 << 20;
+// More than the last-level cache holds for one core, on many a machine: inputs and outputs drive each other out.
+constexpr int64_t kCache = 16 << 20;
 
 // Whether rows come from so far away that it pays to ask for them ahead of time; up to here the processor's own
 // prefetching does better alone.
