@@ -84,9 +84,9 @@ __device__ inline void widen_pair(uint32_t word, float& low, float& high) {
 template <class T>
 __device__ inline uint32_t narrow_pair(float low, float high) {
   if constexpr (std::is_same<T, __half>::value)
-    return bits<uint32_t>(__float22half2_rn(make_float2(low, high)));
+    return bits<uint32_t>(__floats2half2_rn(low, high));
   else
-    return bits<uint32_t>(__float22bfloat162_rn(make_float2(low, high)));
+    return bits<uint32_t>(__floats2bfloat162_rn(low, high));
 }
 
 template <class T>
