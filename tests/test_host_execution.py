@@ -345,8 +345,8 @@ FAULTS = {
     ),
     "the fold leaves out a partial": (
         "backward.cuh",
-        "if (i + k * kFoldWarps < row_blocks)",
-        "if (i + k * kFoldWarps < row_blocks - FAULT)",
+        "if (i + k * kFoldWarps >= row_blocks) break;",
+        "if (i + k * kFoldWarps >= row_blocks - FAULT) break;",
         "wrong",
     ),
     "merged parts count as one of them": (

@@ -304,8 +304,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   const Extent<T, WHOLE, kSurePacks<VECS, WHOLE && !CLUSTER>> extent{cols};
   const int walker = blockIdx.x / cluster.size;  // the block, or the cluster, among those that walk the rows
 
-  Param<T, 0> weight(p.weight, begin, args.wide_params);
-  weight.load(extent, group);
+  const Param<T, 0> weight(p.weight, begin, args.wide_params);
   ParamGrads<T, VECS> grads;
   Incoming<T, D, VECS> in;
   // The rows of a last, partial round go to as many multiprocessors as there are, those of one warp side by side.
@@ -460,9 +459,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_slices(const Bac
 
 // grad_weight (blockIdx.y 0) and grad_bias (1): the sum over row_blocks of partials. A thread takes M columns (as many
 // as 16 bytes hold, where those of a partial begin at a multiple of 16), the warps of a block every so many-th partial.
-// All that a thread has to read of up to 128 partials is on its way at once: of small problems this kernel's latency
-// is a good part.
-constexpr int kFoldWarps = 16, kFoldAhead = 8;
+// All that a thread has to read of up to 64 partials is on its way at once, and little is done where they are fewer:
+// of small problems this kernel is a good part.
+constexpr int kFoldWarps = 8, kFoldAhead = 8;
 
 template <class A, class P, int M>
 __global__ void __launch_bounds__(32 * kFoldWarps) fold_partials(const BackwardArgs args) {
@@ -482,11 +481,11 @@ __global__ void __launch_bounds__(32 * kFoldWarps) fold_partials(const BackwardA
     const A* from = static_cast<const A*>(args.partials) + (blockIdx.y * args.row_blocks + warp) * p.cols + column;
     const int64_t step = kFoldWarps * p.cols;
     for (int i = warp; i < row_blocks; i += kFoldWarps * kFoldAhead) {
-      Columns part[kFoldAhead];
+      Columns part[kFoldAhead] = {};
 #pragma unroll
       for (int k = 0; k < kFoldAhead; ++k, from += step) {
-        part[k] = {};
-        if (i + k * kFoldWarps < row_blocks) part[k] = *reinterpret_cast<const Columns*>(from);
+        if (i + k * kFoldWarps >= row_blocks) break;
+        part[k] = *reinterpret_cast<const Columns*>(from);
       }
 #pragma unroll
       for (int k = 0; k < kFoldAhead; ++k)

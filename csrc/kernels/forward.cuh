@@ -8,6 +8,7 @@
 #include "group.cuh"
 #include "pack.cuh"
 #include "params.h"
+#include "plan.h"
 
 namespace lnc {
 
@@ -31,16 +32,16 @@ struct SliceMoments {
 
 template <int SIZE>
 constexpr int kForwardThreads = SIZE == kWarps ? 512 : 128;
-// Blocks that a multiprocessor should hold at least: where that spills nothing, what leaves 64 registers a thread, so
-// that rows enough are on their way.
+// Whether a persistent grid walks the rows, the next one on its way while this one is reduced and written: where a warp
+// has rows of its own and registers suffice for two. Others have one row a group.
+template <class T, int SIZE, bool WHOLE>
+constexpr bool kForwardAhead = WHOLE && SIZE != kWarps && sizeof(T) < 8;
+// Blocks that a multiprocessor holds at least: as many as the plan gives it, or where a row has a block and that spills
+// nothing, what leaves 64 registers a thread, so that rows enough are on their way.
 template <class T, int SIZE, int VECS, bool WHOLE>
-constexpr int kForwardBlocks = !WHOLE || sizeof(T) == 8 || (SIZE == kWarps && sizeof(T) == 2) ? 1
-                               : SIZE == kWarps                                               ? 2
-                                                                                              : 8;
-template <class T, int VECS>
-constexpr int kEarlyParams = VECS <= 2                    ? VECS
-                             : sizeof(T) == 2 || VECS > 4 ? 0
-                                                          : 2;
+constexpr int kForwardBlocks = kForwardAhead<T, SIZE, WHOLE> ? forward_threads(VECS * kPack<T>) / kForwardThreads<SIZE>
+                               : WHOLE && SIZE == kWarps && sizeof(T) == 4 ? 2
+                                                                           : 1;
 
 // The packs of a row, or of a stretch of it from column begin on, with the residual added; writes the sum if asked to.
 template <class T, int VECS, class E, class G>
@@ -207,31 +208,38 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
   __shared__ GroupScratch<A> scratch;
   Group<A, SIZE, SIZE == kWarps> group(&scratch);
   const ForwardParams& p = args.p;
-  const int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
-  if (row >= p.rows) return;
   const Extent<T, WHOLE, kSurePacks<VECS, WHOLE>> extent{static_cast<int>(p.cols)};
-
+  const Param<T, 0> weight(p.weight, 0, args.wide_params), bias(p.bias, 0, args.wide_params);
+  constexpr bool kAhead = kForwardAhead<T, SIZE, WHOLE>;
+  const int64_t stride = int64_t(gridDim.x) * group.count();
+  int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
   Raw<T> raw[VECS];
-  fetch<T>(raw, args, row, 0, extent, true, group);
-  const A pivot = pivot_of<T, norm>(args, row);
-  Param<T, kEarlyParams<T, VECS>> weight(p.weight, 0, args.wide_params), bias(p.bias, 0, args.wide_params);
-  weight.load(extent, group);
-  bias.load(extent, group);
-  RowPart<T, norm, VECS, decltype(extent)> x(extent);
-  x.take(raw, pivot);
+  A pivot = 0;
+  auto load = [&](int64_t r) {
+    fetch<T>(raw, args, r, 0, extent, true, group);
+    pivot = pivot_of<T, norm>(args, r);
+  };
+  if (kAhead && row < p.rows) load(row);
+  for (; row < p.rows; row += stride) {
+    if (!kAhead) load(row);
+    RowPart<T, norm, VECS, decltype(extent)> x(extent);
+    x.take(raw, pivot);
+    if (kAhead && row + stride < p.rows) load(row + stride);
 
-  const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
-  const Moments<A> m = x.moments(p, args.even, inverse_cols, group);
-  const A variance = m.m2 * inverse_cols + eps;
-  A rstd;
-  if (in_range(variance)) {
-    rstd = inverse_sqrt(variance);
-  } else {
-    const A scale = rescue_scale(variance);
-    rstd = rescued_rstd(x.scaled_squares(m.mean, scale, group) * inverse_cols, eps, scale);
+    const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
+    const Moments<A> m = x.moments(p, args.even, inverse_cols, group);
+    const A variance = m.m2 * inverse_cols + eps;
+    A rstd;
+    if (in_range(variance)) {
+      rstd = inverse_sqrt(variance);
+    } else {
+      const A scale = rescue_scale(variance);
+      rstd = rescued_rstd(x.scaled_squares(m.mean, scale, group) * inverse_cols, eps, scale);
+    }
+    if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
+    finish_row(x, weight, bias, m.mean, rstd, args, row, 0, group);
+    if (!kAhead) break;
   }
-  if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
-  finish_row(x, weight, bias, m.mean, rstd, args, row, 0, group);
 }
 
 // ---- rows in slices ---------------------------------------------------------------------------------------------

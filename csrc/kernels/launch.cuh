@@ -80,8 +80,10 @@ template <class T, Norm norm, bool WHOLE>
 cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
   constexpr bool wide = sizeof(T) >= 4;  // the tiers of 6 and 8 packs are for these
   const int vecs = plan.tier->vecs;
+  dim3 grid = grid_of(plan);
+  if (!WHOLE && plan.is("warp")) grid.x = static_cast<unsigned>(ceil_div(args.p.rows, plan.rows_per_block));
   auto launch = [&](void (*kernel)(ForwardArgs)) {
-    return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, plan.shared, plan.cluster);
+    return launch_kernel(kernel, grid, block_of(plan), stream, args, plan.shared, plan.cluster);
   };
   if (plan.is("staged") || plan.is("cluster")) {
     const cudaError_t status = ask_shared(forward_staged<T, norm, 4, WHOLE>, plan.shared);

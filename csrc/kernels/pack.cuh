@@ -245,7 +245,6 @@ template <class T, bool WHOLE, int SURE>
 struct Extent {
   static constexpr int N = kPack<T>;
   static constexpr bool kWhole = WHOLE;
-  static constexpr int kSure = SURE;
   int cols;
 
   // Elements from pack v on.
@@ -431,15 +430,6 @@ __device__ inline void store_wide(A* row, const A (&in)[kPack<T>], int i, int co
     if (i * N + e < cols) row[i * N + e] = in[e];
 }
 
-// Fetches into L1 what is soon to be loaded, without a register that waits for it.
-__device__ inline void touch(const void* p) {
-#ifndef LNC_HOST_EXECUTION
-  asm volatile("{.reg .b32 a, b, c, d;\n\tld.global.v4.b32 {a, b, c, d}, [%0];}" ::"l"(__cvta_generic_to_global(p)));
-#else
-  (void)p;
-#endif
-}
-
 // Weight or bias. Of the thread's packs the first EARLY are loaded with the row, the others when they are used: L1
 // has them by then, and registers are what limits how many rows are on their way.
 template <class T, int EARLY>
@@ -461,8 +451,6 @@ struct Param {
     if (!first || wide) return;
 #pragma unroll
     for (int v = 0; v < EARLY; ++v) early[v] = one(v, extent, group);
-#pragma unroll
-    for (int v = EARLY; v < E::kSure; ++v) touch(thread_packs(static_cast<const T*>(first), group) + v * group.size);
   }
 
   // PLAIN promises at compile time that there is one, as narrow as the data.
