@@ -430,8 +430,8 @@ __device__ inline void store_wide(A* row, const A (&in)[kPack<T>], int i, int co
     if (i * N + e < cols) row[i * N + e] = in[e];
 }
 
-// Weight or bias. Of the thread's packs the first EARLY are loaded with the row, the others when they are used: L1
-// has them by then, and registers are what limits how many rows are on their way.
+// Weight or bias. Of the thread's packs the first EARLY are loaded ahead, the others when they are used: most often
+// from L1, and registers are what limits how many rows are on their way.
 template <class T, int EARLY>
 struct Param {
   using A = Accumulate<T>;
