@@ -10,8 +10,10 @@ import pytest
 if reason := compiled.unsupported():
     pytest.skip(reason, allow_module_level=True)
 
-# 65,536 registers a multiprocessor, 512 threads a block: the most that lets one block run, or 4 of 128 threads.
+# 65,536 registers a multiprocessor, 512 threads a block: the most that lets one block run, or 4 of 128 threads. Where a
+# thread holds 8 packs of a float32 row and of the next, the plan gives a multiprocessor 3 of these.
 REGISTERS = 128
+REGISTERS_8_PACKS = 168
 # Bytes that ptxas 13.0 still puts on the stack in a few kernels for rows that begin or end anywhere (16-bit data for
 # the most part, most of it on sm_120), and the most in one for whole rows: known, not wanted.
 KNOWN_STACK = {"backward_rows": 96, "backward_staged": 56, "backward_slices": 56, "backward_slice_sums": 8}
@@ -46,6 +48,10 @@ def known_stack(symbol):
     return KNOWN_STACK_WHOLE if whole else KNOWN_STACK.get(kernel_name(symbol), KNOWN_STACK_WHOLE)
 
 
+def most_registers(symbol):
+    return REGISTERS_8_PACKS if re.match(r"_ZN3lnc12forward_rowsIf\w+Li32ELi8ELb1E", symbol) else REGISTERS
+
+
 def machine_code(text, architecture, item):
     """(architecture, symbol, what lies below it) from cuobjdump's listing."""
     parts = re.split(rf"^{architecture}(sm_\d+)\s*$", text, flags=re.MULTILINE)
@@ -65,7 +71,7 @@ def test_registers_and_stack(objects):
         for arch, symbol, body in machine_code(dump(path, "--dump-resource-usage"), r"arch = ", r" Function "):
             usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", body)}
             seen[arch] += 1
-            if usage["REG"] > REGISTERS or usage["STACK"] > known_stack(symbol) or usage["LOCAL"]:
+            if usage["REG"] > most_registers(symbol) or usage["STACK"] > known_stack(symbol) or usage["LOCAL"]:
                 wrong.append((arch, symbol, usage))
     assert not wrong
     assert len(set(seen.values())) == 1, f"kernels by architecture: {seen}"

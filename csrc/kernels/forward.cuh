@@ -39,7 +39,7 @@ constexpr bool kForwardAhead = WHOLE && SIZE != kWarps && sizeof(T) < 8;
 // Blocks that a multiprocessor holds at least: as many as the plan gives it, or where a row has a block and that spills
 // nothing, what leaves 64 registers a thread, so that rows enough are on their way.
 template <class T, int SIZE, int VECS, bool WHOLE>
-constexpr int kForwardBlocks = kForwardAhead<T, SIZE, WHOLE> ? forward_threads(VECS * kPack<T>) / kForwardThreads<SIZE>
+constexpr int kForwardBlocks = kForwardAhead<T, SIZE, WHOLE> ? forward_threads(VECS, kPack<T>) / kForwardThreads<SIZE>
                                : WHOLE && SIZE == kWarps && sizeof(T) == 4 ? 2
                                                                            : 1;
 

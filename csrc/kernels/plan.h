@@ -140,9 +140,12 @@ Plan choose(const Tier (&tiers)[K], int64_t cols, DType dtype, const char* name,
   return plan;
 }
 
-// Threads of one multiprocessor that walk the rows forward, by the elements that each holds of a row and of the next:
-// what the registers have room for. Some rows are then written while others are read.
-constexpr int forward_threads(int elements) { return elements > 16 ? 512 : elements > 8 ? 768 : 1024; }
+// Threads of one multiprocessor that walk the rows forward, by what each holds in registers: its packs of a row as they
+// are computed with, of the next as they come. Some rows are then written while others are read.
+constexpr int forward_threads(int vecs, int pack) {
+  const int registers = vecs * (pack + 4);
+  return registers > 48 ? 384 : registers > 32 ? 512 : registers > 16 ? 768 : 1024;
+}
 
 inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
   return choose(kForwardTiers, cols, dtype, device.tier, [&](Plan& plan) {
@@ -150,8 +153,8 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTr
     plan.rows_per_block = plan.threads / plan.threads_per_row;
     plan.blocks_x = ceil_div(rows, plan.rows_per_block), plan.blocks_y = 1;
     if (plan.is("warp") && dtype != DType::f64) {
-      const int elements = static_cast<int>(plan.tier->vecs * 16 / size_of(dtype));
-      plan.blocks_x = at_most(plan.blocks_x, forward_threads(elements) / plan.threads * device.sm_count);
+      const int threads = forward_threads(plan.tier->vecs, static_cast<int>(16 / size_of(dtype)));
+      plan.blocks_x = at_most(plan.blocks_x, threads / plan.threads * device.sm_count);
     }
     if (plan.is("slices")) {
       plan.blocks_x = plan.slices, plan.blocks_y = at_most(rows, kMaxGridY);
