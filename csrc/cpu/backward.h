@@ -122,8 +122,9 @@ class Backward {
     const O* dy = row.dy + start;
     const A* w = weight + start;
     const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
-    // 16-bit rows take longer to compute than to read: time to have the lines of dx there when they are written.
-    const bool fetches = sizeof(T) == 2 && is_far(p.rows * p.cols);
+    // 16-bit rows take longer to compute than to read: time to have the lines of dx there when they are written. It
+    // pays from twice the size on from which x and dy are fetched.
+    const bool fetches = sizeof(T) == 2 && is_far(p.rows * p.cols * int64_t{sizeof(T)} / 2);
     const T* const dx = row.dx + start;
     Accumulators<V> g_sums, g_xhat_sums;
     sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
