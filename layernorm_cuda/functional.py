@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -188,7 +189,10 @@ def _rms_eps(input, eps, residual=None):
 
 
 def _is_ours(input):
-    """Whether our operators take this tensor; PyTorch's own take the rest (nested, other devices)."""
+    """Whether our operators take this tensor; PyTorch's own take the rest (nested, other devices), and stand in every
+    graph that is made to be run without us."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return False
     kind = input.device.type
     if kind in _DEVICES and input.layout is torch.strided and not input.is_nested:
         return True
@@ -224,3 +228,10 @@ def _explain(name, normalized_shape, eps, **tensors):
             ) from None
     if not hasattr(eps, "__float__") or (isinstance(eps, Tensor) and eps.numel() != 1):
         raise TypeError(f"{name}: eps must be a number, not {type(eps).__name__}") from None
+
+
+with suppress(ImportError):  # not public: without it torch.jit.script refuses our modules
+    from torch.jit._builtins import _register_builtin
+
+    _register_builtin(layer_norm, "aten::layer_norm")
+    _register_builtin(rms_norm, "aten::rms_norm")

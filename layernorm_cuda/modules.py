@@ -1,5 +1,7 @@
 """The modules: ``torch.nn``'s, by our functions. What they do not define here is their parents'."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class RMSNorm(torch.nn.RMSNorm):
     Shape: input and output ``[*, *normalized_shape]``. See :func:`layernorm_cuda.rms_norm` for dtypes and errors.
     """
 
+    __constants__: ClassVar[list[str]] = [*torch.nn.RMSNorm.__constants__, "zero_centered"]
     zero_centered = False
 
     def __init__(
