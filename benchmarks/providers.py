@@ -1,7 +1,7 @@
 """What is timed: for each direction, one call for every provider, all on the same tensors.
 
 forward    the public function under no_grad, as in inference: F.layer_norm and ours
-backward   the operators under torch.ops, below autograd: all three gradients from saved statistics, both at the same
+backward   the operators under torch.ops, under no_grad: all three gradients from saved statistics, both at the same
            cost of a call from Python
 step       nn.LayerNorm and ours: module forward and backward through autograd, Python overhead included
 add        input + residual, then the norm: two operations of native's, one of ours (no_grad)
@@ -13,8 +13,6 @@ out). Every call allocates its results, as it does in a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -153,12 +151,9 @@ def _installed(case: Case) -> dict[str, type]:
     return found
 
 
-@contextmanager
-def mode(case: Case) -> Iterator[None]:
+def mode(case: Case) -> torch.set_grad_enabled:
     """What a case's calls have to run in: autograd only where it is timed."""
-    below = torch._C._AutoDispatchBelowAutograd() if case.direction == "backward" else nullcontext()
-    with torch.set_grad_enabled(case.direction == "step"), below:
-        yield
+    return torch.set_grad_enabled(case.direction == "step")
 
 
 def calls(case: Case, compiled: bool) -> dict[str, Call]:

@@ -2,10 +2,12 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/library.h>
 #include <torch/version.h>
 
 #include "ops.h"
@@ -166,4 +168,64 @@ std::pair<Tensor, Tensor> norm(const Tensor& input, const OptionalTensor& residu
   return {std::move(output), std::move(sum)};
 }
 
+// ---- the operators --------------------------------------------------------------------------------------------
+
+namespace {
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class T>
+bool needs_derivative(const T& argument) {
+  if constexpr (std::is_same_v<T, Tensor>)
+    return (at::GradMode::is_enabled() && argument.requires_grad()) || argument._fw_grad(0).defined();
+  else if constexpr (std::is_same_v<T, OptionalTensor>)
+    return argument && needs_derivative(*argument);
+  else
+    return false;
+}
+
+template <class Function>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+// A compiled graph's calls mostly need no derivative any more, and then Python, which has them, would cost more than
+// the kernel does on a short row.
+template <class Op, class... Args>
+Outputs differentiable(const Op& op, const Op& in_python, c10::DispatchKeySet keys, const Args&... args) {
+  if ((needs_derivative(args) || ...)) return in_python.call(args...);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.redispatch(keys & c10::after_autograd_keyset, args...);
+}
+
+Outputs forward_op(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& residual,
+                   c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
+                   double eps, bool rms, bool save_stats, std::optional<at::ScalarType> dtype) {
+  using Function = Outputs(const Tensor&, const OptionalTensor&, c10::SymIntArrayRef, const OptionalTensor&,
+                           const OptionalTensor&, double, bool, bool, std::optional<at::ScalarType>);
+  static const auto op = find<Function>("layernorm_cuda::norm_forward");
+  static const auto in_python = find<Function>("layernorm_cuda::differentiable_norm_forward");
+  return differentiable(op, in_python, keys, input, residual, normalized_shape, weight, bias, eps, rms, save_stats,
+                        dtype);
+}
+
+Outputs backward_op(c10::DispatchKeySet keys, const Tensor& grad_output, const OptionalTensor& grad_sum,
+                    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                    const Tensor& stats, bool rms, std::array<bool, 3> output_mask,
+                    std::optional<at::ScalarType> bias_dtype) {
+  using Function =
+      Outputs(const Tensor&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
+              const Tensor&, bool, std::array<bool, 3>, std::optional<at::ScalarType>);
+  static const auto op = find<Function>("layernorm_cuda::norm_backward");
+  static const auto in_python = find<Function>("layernorm_cuda::differentiable_norm_backward");
+  return differentiable(op, in_python, keys, grad_output, grad_sum, input, normalized_shape, weight, stats, rms,
+                        output_mask, bias_dtype);
+}
+
+TORCH_LIBRARY_IMPL(layernorm_cuda, Autograd, m) {
+  m.impl("norm_forward", TORCH_FN(forward_op));
+  m.impl("norm_backward", TORCH_FN(backward_op));
+}
+
+}  // namespace
 }  // namespace lnc

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <sstream>
+#include <string>
 
 #include "cpu/cpu.h"
 #include "kernels/params.h"
@@ -399,8 +400,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const 
 }
 
 TORCH_LIBRARY(layernorm_cuda, m) {
-  m.def(kForwardSchema, {at::Tag::pt2_compliant_tag});
-  m.def(kBackwardSchema, {at::Tag::pt2_compliant_tag});
+  for (const std::string schema : {kForwardSchema, kBackwardSchema}) {
+    m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+    m.def(("differentiable_" + schema).c_str());  // implemented in functions.py
+  }
 }
 
 void register_kernels(torch::Library& m) {

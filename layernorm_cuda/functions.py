@@ -132,15 +132,13 @@ class NormFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, residual, normalized_shape, weight, bias, eps, rms, _, _ = inputs
+        input, residual, normalized_shape, weight, bias, _, rms, _, _ = inputs
         normalised, total, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.arguments = normalized_shape, rms, None if bias is None else bias.dtype
         ctx.output_dtype, ctx.has_residual = normalised.dtype, residual is not None
         x = input if residual is None else total
-        if stats.numel() == 0 and x.numel() != 0:  # the operator called by hand, without save_stats
-            stats = _ops.norm_forward(x.detach(), None, normalized_shape, None, None, eps, rms, True, None)[2]
         saved = x, weight, stats
         needs = ctx.needs_input_grad
         # The gradient of bias alone needs nothing but the upstream gradient.
@@ -379,13 +377,35 @@ class RMSNormFunction(NormFunction):
         return apply(NormFunction, input, None, normalized_shape, weight, None, eps, True, True, None)[0]
 
 
+def _differentiable_norm_forward(*args):
+    input, residual, *_, save_stats, _ = args
+    output, total, stats = apply(NormFunction, *args)
+    none = input.new_empty(0)
+    return output, none if residual is None else total, stats if save_stats else none.clone()
+
+
 def _differentiable_norm_backward(*args):
     outputs = apply(NormBackwardFunction, *args)
     return tuple(args[2].new_empty(0) if t is None else t for t in outputs)
 
 
-torch.library.register_autograd(
-    "layernorm_cuda::norm_forward", NormFunction.backward, setup_context=NormFunction.setup_context, lib=_ops.library
-)
-# register_autograd knows no jvp, which forward over reverse needs here.
-_ops.library.impl("norm_backward", _differentiable_norm_backward, "Autograd")
+def _where_needed(differentiable, operator):
+    """An operator's kernel for the dispatcher's Autograd key; csrc/autograd.cpp has it for the compiled module."""
+
+    def kernel(*args):
+        tensors = [t for t in args if isinstance(t, torch.Tensor)]
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return differentiable(*args)
+        return operator(*args)
+
+    return kernel
+
+
+for _name, _function in {
+    "norm_forward": _differentiable_norm_forward,
+    "norm_backward": _differentiable_norm_backward,
+}.items():
+    if _ops._C is None:
+        _ops.library.impl(_name, _where_needed(_function, getattr(_ops, _name)), "Autograd")
+    else:
+        _ops.library.impl("differentiable_" + _name, _function, "CompositeImplicitAutograd")

@@ -5,7 +5,7 @@ import torch
 from cases import BACKEND, BF16, F64
 
 import layernorm_cuda as lnc
-from layernorm_cuda import _ops
+from layernorm_cuda import _ops, functions
 
 pytestmark = pytest.mark.skipif(bool(BACKEND) or _ops._C is None, reason="not the compiled module")
 X, W, B = torch.randn(3, 8), torch.randn(8), torch.randn(8)
@@ -135,3 +135,19 @@ def test_compiled_autograd(residual):
         got = grads()
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_operator_without_derivative_stays_below_python(monkeypatch):
+    """As in a compiled graph, whose calls are not differentiated any more."""
+
+    def calls():
+        x = X.clone().requires_grad_()
+        arguments = x, None, (8,), W, B, 1e-5, False, True, None
+        y, _, stats = torch.ops.layernorm_cuda.norm_forward(*arguments)
+        torch.ops.layernorm_cuda.norm_backward(y, None, x, (8,), W, stats, False, [True] * 3, torch.float32)
+
+    monkeypatch.setattr(functions, "apply", None)
+    with torch.no_grad():
+        calls()
+    with pytest.raises(TypeError, match="NoneType"):
+        calls()
