@@ -189,9 +189,9 @@ def _rms_eps(input, eps, residual=None):
 
 
 def _is_ours(input):
-    """Whether our operators take this tensor; PyTorch's own take the rest (nested, other devices), and stand in every
-    graph that is made to be run without us."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    """Whether our operators take this tensor; PyTorch's own take the rest (nested, other devices; DTensors, for which
+    it knows how to shard its operators), and stand in every graph that is made to be run without us."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or hasattr(input, "device_mesh"):
         return False
     kind = input.device.type
     if kind in _DEVICES and input.layout is torch.strided and not input.is_nested:
