@@ -40,7 +40,8 @@ struct Incoming {
   static constexpr int M = N / kPack<D>;  // packs of grad_output to one of the input: more than one where it is wider
   Raw<T> x[VECS];
   Raw<D> dy[VECS][M];
-  A pivot, shift, rstd;
+  T pivot;  // as it lies in memory: a conversion would wait for it
+  A shift, rstd;
 
   template <Norm norm, class E, class G>
   __device__ void load(const BackwardArgs& args, int64_t row, int64_t begin, const E& extent, const G& group) {
@@ -69,7 +70,7 @@ struct Incoming {
     }
     const A* stats = static_cast<const A*>(p.stats);
     const bool layer = is_layer<norm>(p);
-    pivot = layer ? A(widen(*input)) : A(0);
+    pivot = layer ? *input : T{};
     shift = layer ? stats[row] : A(0);
     rstd = stats[(layer ? p.rows : 0) + row];
   }
@@ -106,10 +107,10 @@ struct Incoming {
   template <Norm norm>
   __device__ void values(int v, A (&xhat)[N], A (&grad)[N]) const {
     unpack<T>(x[v], xhat);
-    const A centre = -shift * rstd;
+    const A centre = -shift * rstd, first = widen(pivot);
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      xhat[e] = norm == Norm::rms ? xhat[e] * rstd : multiply_add(xhat[e] - pivot, rstd, centre);
+      xhat[e] = norm == Norm::rms ? xhat[e] * rstd : multiply_add(xhat[e] - first, rstd, centre);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       A part[kPack<D>];
@@ -142,19 +143,51 @@ struct ParamGrads {
     }
   }
 
-  // Adds up the groups that share a warp, whose lanes hold the same columns at the same place in their groups.
-  template <int SIZE>
-  __device__ void fold_warp() {
-    if constexpr (SIZE != kWarps) {
+  // Adds up what the groups of a block have, into its first group: those that share a warp, whose lanes hold the same
+  // columns at the same place in their groups, and then warps' parts. The upper half of these leaves what it has in
+  // shared memory for the lower half to add, and so on.
+  template <int SIZE, class G>
+  __device__ void fold(A* shared, const G& group) {
+    constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
 #pragma unroll
-      for (int offset = SIZE; offset < 32; offset *= 2)
+    for (int offset = SIZE; SIZE != kWarps && offset < 32; offset *= 2)
+      each_pack([&](int, A(&values)[kPack<A>]) {
 #pragma unroll
-        for (int v = 0; v < VECS; ++v)
+        for (int k = 0; k < kPack<A>; ++k) values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
+      });
+    const int part = group.index / kTogether;
+    const bool first = group.index % kTogether == 0;
+    for (int parts = group.count() / kTogether, half; parts > 1; parts = half) {
+      half = (parts + 1) / 2;
+      Raw<A>* const there = reinterpret_cast<Raw<A>*>(shared) + (part % half) * kPacks * group.size + group.rank;
+      if (first && part >= half && part < parts)
+        each_pack([&](int i, A(&values)[kPack<A>]) { there[i * group.size] = pack<A>(values); });
+      __syncthreads();
+      if (first && part < parts - half) {
+        Raw<A> more[kPacks];
 #pragma unroll
-          for (int e = 0; e < N; ++e) {
-            weight[v][e] += __shfl_xor_sync(0xffffffffu, weight[v][e], offset);
-            bias[v][e] += __shfl_xor_sync(0xffffffffu, bias[v][e], offset);
-          }
+        for (int i = 0; i < kPacks; ++i) more[i] = there[i * group.size];
+        each_pack([&](int i, A(&values)[kPack<A>]) {
+          A add[kPack<A>];
+          unpack<A>(more[i], add);
+#pragma unroll
+          for (int k = 0; k < kPack<A>; ++k) values[k] += add[k];
+        });
+      }
+      __syncthreads();
+    }
+  }
+
+ private:
+  static constexpr int kPacks = 2 * VECS * N / kPack<A>;
+
+  template <class F>
+  __device__ void each_pack(F f) {
+    constexpr int M = kPack<A>;
+#pragma unroll
+    for (int i = 0; i < kPacks / 2; ++i) {
+      f(i, reinterpret_cast<A(&)[M]>(weight[i * M / N][i * M % N]));
+      f(kPacks / 2 + i, reinterpret_cast<A(&)[M]>(bias[i * M / N][i * M % N]));
     }
   }
 };
@@ -167,18 +200,25 @@ struct BackwardPart {
   A xhat[VECS][N], g[VECS][N];
   A rstd;
 
-  // Beyond the row's end grad_output is 0, and so is all that is made of it; whole packs are left out. GRADS: they
-  // are gathered, from pack first of grads on, wanted or not: a branch would cost more. Adds the thread's share of
-  // sum(g) and sum(g * xhat), each in two chains.
-  template <bool GRADS, int EARLY, int ALL, class E, class G>
-  __device__ void take(const Incoming<T, D, VECS>& in, const Param<T, EARLY>& weight, ParamGrads<T, ALL>& grads,
-                       int first, A (&sums)[2], const E& extent, const G& group) {
+  // What lies in memory, as it is computed with. Whole packs beyond the row's end are left out.
+  template <class E, class G>
+  __device__ void read(const Incoming<T, D, VECS>& in, const E& extent, const G& group) {
     rstd = in.rstd;
+#pragma unroll
+    for (int v = 0; v < VECS; ++v)
+      if (!E::kWhole || extent.has(v, group)) in.template values<norm>(v, xhat[v], g[v]);
+  }
+
+  // Beyond the row's end grad_output is 0, and so is all that is made of it. GRADS: they are gathered, from pack first
+  // of grads on, wanted or not: a branch would cost more. Adds the thread's share of sum(g) and sum(g * xhat), each in
+  // two chains.
+  template <bool GRADS, int EARLY, int ALL, class E, class G>
+  __device__ void take(const Param<T, EARLY>& weight, ParamGrads<T, ALL>& grads, int first, A (&sums)[2],
+                       const E& extent, const G& group) {
     A part[4] = {sums[0], 0, sums[1], 0};
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       if (E::kWhole && !extent.has(v, group)) continue;
-      in.template values<norm>(v, xhat[v], g[v]);
       if (GRADS) grads.add(first + v, xhat[v], g[v]);
       A w[N];
       weight.template values<E::kWhole>(v, w, A(1), extent, group);
@@ -200,9 +240,6 @@ struct BackwardPart {
     const A inverse_cols = A(args.inverse_cols), mean_g = is_layer<norm>(p) ? sums[0] * inverse_cols : A(0),
             minus_mean_gx = -sums[1] * inverse_cols;
     T* const out = static_cast<T*>(p.grad_input) + row * p.cols + begin;
-    Raw<T> raw[VECS];
-    if (p.grad_sum)
-      load_row(raw, static_cast<const T*>(p.grad_sum) + row_offset(p.grad_sum_rows, row) + begin, extent, group);
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       if (E::kWhole && !extent.has(v, group)) continue;
@@ -211,18 +248,22 @@ struct BackwardPart {
         const A centred = norm == Norm::rms ? g[v][e] : g[v][e] - mean_g;
         g[v][e] = rstd * multiply_add(xhat[v][e], minus_mean_gx, centred);
       }
-      if (p.grad_sum) {
+    }
+    if (p.grad_sum) {
+      Raw<T> raw[VECS];
+      load_row(raw, static_cast<const T*>(p.grad_sum) + row_offset(p.grad_sum_rows, row) + begin, extent, group);
+#pragma unroll
+      for (int v = 0; v < VECS; ++v) {
         A more[N];
         unpack<T>(raw[v], more);
 #pragma unroll
         for (int e = 0; e < N; ++e) g[v][e] += more[e];
       }
-      if (E::kWhole)
-        thread_packs(out, group)[v * group.size] = pack<T>(g[v]);
-      else
-        raw[v] = pack<T>(g[v]);
     }
-    if (!E::kWhole) store_row(out, raw, extent, group);
+    Raw<T> raw[VECS];
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) raw[v] = pack<T>(g[v]);
+    store_row(out, raw, extent, group);
   }
 };
 
@@ -233,35 +274,6 @@ __device__ inline void write_partials(Accumulate<T>* out, const Accumulate<T> (&
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
 #pragma unroll
   for (int v = 0; v < VECS; ++v) store_wide<T>(out, grads[v], v * group.size + group.rank, cols, aligned);
-}
-
-// The same added over the groups of the block, or rather over its warps where several groups share one: in the order
-// of their index, each thread packs of four columns.
-template <int SIZE, class T, int VECS, class G>
-__device__ inline void fold_block(Accumulate<T>* out, const Accumulate<T> (&grads)[VECS][kPack<T>],
-                                  Accumulate<T>* shared, int cols, const G& group) {
-  using A = Accumulate<T>;
-  constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
-  const int parts = group.count() / kTogether, width = VECS * group.size * kPack<T>;
-  if (parts == 1) {
-    if (group.index == 0) write_partials<T>(out, grads, cols, group);
-    return;
-  }
-  __syncthreads();
-  if (group.index % kTogether == 0) write_partials<T>(shared + group.index / kTogether * width, grads, width, group);
-  __syncthreads();
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  for (int i = thread; i * kPack<A> < cols; i += threads) {
-    A sum[kPack<A>] = {};
-    for (int part = 0; part < parts; ++part) {
-      A more[kPack<A>];
-      unpack<A>(reinterpret_cast<const Raw<A>*>(shared + part * width)[i], more);
-#pragma unroll
-      for (int k = 0; k < kPack<A>; ++k) sum[k] += more[k];
-    }
-    store_wide<A>(out, sum, i, cols, aligned);
-  }
 }
 
 // Sums that the blocks of a cluster have each of their part of a row, added up in the order of the blocks: the same
@@ -288,10 +300,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   if constexpr (CLUSTER && !kHasClusters) return;  // no plan comes here
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
-  // Whether registers suffice for the next row too, on its way while this one is reduced, and for what was made of
-  // this one until it is used. Where not, a row is taken from its bytes twice.
+  // Whether registers suffice for the next row too, on its way as soon as this one is unpacked, and for what was made
+  // of this one until it is used; and for the weights, for which a row would wait behind the next one's loads. Where
+  // not, a row is taken from its bytes twice.
   constexpr bool kAhead = WHOLE;
-  // Room for the gradients of all groups of a block.
+  // Room for both gradients of half a block's groups, or rather of its warps where several groups share one.
   constexpr int kRoom = CLUSTER ? 4 : kBackwardThreads * VECS * N / (SIZE == kWarps ? 1 : 32 / SIZE);
   __shared__ __align__(16) A shared[kRoom];
   __shared__ GroupScratch<A> scratch;
@@ -304,7 +317,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   const Extent<T, WHOLE, kSurePacks<VECS, WHOLE && !CLUSTER>> extent{cols};
   const int walker = blockIdx.x / cluster.size;  // the block, or the cluster, among those that walk the rows
 
-  const Param<T, 0> weight(p.weight, begin, args.wide_params);
+  Param<T, kAhead ? VECS : 0> weight(p.weight, begin, args.wide_params);
   ParamGrads<T, VECS> grads;
   Incoming<T, D, VECS> in;
   // The rows of a last, partial round go to as many multiprocessors as there are, those of one warp side by side.
@@ -313,34 +326,33 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   const int64_t stride = int64_t(walkers) * group.count();
   int64_t row = (int64_t(group.index / kTogether) * walkers + walker) * kTogether + group.index % kTogether;
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
+  weight.load(extent, group);
   if (CLUSTER) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
   for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {
     if (!kAhead) in.template load<norm>(args, row, begin, extent, group);
     BackwardPart<T, D, norm, VECS> part;
     A sums[2] = {0, 0}, again[2] = {0, 0};
-    part.template take<true>(in, weight, grads, 0, sums, extent, group);
+    part.read(in, extent, group);
     if (kAhead && row + stride < p.rows) in.template load<norm>(args, row + stride, begin, extent, group);
+    part.template take<true>(weight, grads, 0, sums, extent, group);
     if (p.grad_input) {
       group.sum(sums);
       if (CLUSTER) cluster_sums.add(sums, turn, cluster);
       if (!kAhead) {
         in.forget();
-        part.template take<false>(in, weight, grads, 0, again, extent, group);
+        part.read(in, extent, group);
+        part.template take<false>(weight, grads, 0, again, extent, group);
       }
       part.write_grad_input(args, sums, row, begin, extent, group);
     }
   }
   if (!args.param_grads) return;
-  grads.template fold_warp<SIZE>();
+  if (!CLUSTER) grads.template fold<SIZE>(shared, group);
+  if (group.index > 0) return;
   A* out = static_cast<A*>(args.partials) + walker * p.cols + begin;
-  A* const bias_out = out + args.row_blocks * p.cols;
-  if constexpr (CLUSTER) {
-    if (p.grad_weight) write_partials<T>(out, grads.weight, cols, group);
-    if (p.grad_bias) write_partials<T>(bias_out, grads.bias, cols, group);
-  } else {
-    if (p.grad_weight) fold_block<SIZE, T>(out, grads.weight, shared, cols, group);
-    if (p.grad_bias) fold_block<SIZE, T>(bias_out, grads.bias, shared, cols, group);
-  }
+  if (p.grad_weight) write_partials<T>(out, grads.weight, cols, group);
+  out += args.row_blocks * p.cols;
+  if (p.grad_bias) write_partials<T>(out, grads.bias, cols, group);
 }
 
 // A row a block, in up to SLICES slices: the sums need all of it before the first element is finished, and meanwhile
@@ -372,7 +384,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const Bac
       in.template load<norm>(args, row, begin, extent, group);
       if (s < args.staged) in.put(stage + s * in.kStride * kThreads, kThreads);
       const Param<T, 0> weight(p.weight, begin, args.wide_params);
-      part.template take<true>(in, weight, grads, s * VECS, sums, extent, group);
+      part.read(in, extent, group);
+      part.template take<true>(weight, grads, s * VECS, sums, extent, group);
     }
     if (!p.grad_input) continue;
     group.sum(sums);
@@ -387,7 +400,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const Bac
         else
           in.template load<norm>(args, row, begin, extent, group);
         const Param<T, 0> weight(p.weight, begin, args.wide_params);
-        part.template take<false>(in, weight, grads, 0, again, extent, group);
+        part.read(in, extent, group);
+        part.template take<false>(weight, grads, 0, again, extent, group);
       }
       part.write_grad_input(args, sums, row, begin, extent, group);
     }
@@ -416,7 +430,8 @@ __global__ void __launch_bounds__(512) backward_slice_sums(const BackwardArgs ar
     in.template load<norm>(args, row, begin, extent, group);
     BackwardPart<T, D, norm, VECS> part;
     A sums[2] = {0, 0};
-    part.template take<false>(in, weight, none, 0, sums, extent, group);
+    part.read(in, extent, group);
+    part.template take<false>(weight, none, 0, sums, extent, group);
     group.sum(sums);
     if (group.rank < 2)
       static_cast<A*>(args.sums)[(row * args.slices + blockIdx.x) * 2 + group.rank] = group.rank ? sums[1] : sums[0];
@@ -439,7 +454,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_slices(const Bac
     in.template load<norm>(args, row, begin, extent, group);
     BackwardPart<T, D, norm, VECS> part;
     A ignored[2] = {0, 0}, sums[2] = {0, 0};
-    part.template take<true>(in, weight, grads, 0, ignored, extent, group);
+    part.read(in, extent, group);
+    part.template take<true>(weight, grads, 0, ignored, extent, group);
     if (p.grad_input) {
       const A* parts = static_cast<const A*>(args.sums) + row * args.slices * 2;
       for (int64_t i = group.rank; i < args.slices; i += group.size) {

@@ -209,6 +209,9 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceT
       plan.blocks_x = plan.partials = at_most(device.sm_count, ceil_div(rows, plan.rows_per_block));
       if (plan.is("staged")) {
         if (device.has_clusters()) return false;  // which have that kernel's place
+        // No more blocks than it takes for as many rounds: what each leaves to be folded is as long as two rows.
+        const int64_t rounds = at_least(1, ceil_div(rows, device.sm_count));
+        plan.blocks_x = plan.partials = ceil_div(rows, rounds);
         plan.shared = shared_memory(device.arch) - kReservedShared;
       }
     }
