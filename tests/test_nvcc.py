@@ -14,8 +14,9 @@ if reason := compiled.unsupported():
 # thread holds 8 packs of a float32 row and of the next, the plan gives a multiprocessor 3 of these.
 REGISTERS = 128
 REGISTERS_8_PACKS = 168
-# Bytes that ptxas 13.0 still puts on the stack in one forward kernel on sm_120: known, not wanted.
-KNOWN_STACK = {"forward_rows": 8}
+# Bytes that ptxas 13.0 still puts on the stack in three kernels on sm_120: float32 rms forward of rows in blocks, and
+# backward of 16-bit data beside a float32 gradient in clusters. Known, not wanted.
+KNOWN_STACK = {"sm_120": {"forward_rows": 8, "backward_rows": 16}}
 # These move single values: the partials of a column, the sums of a slice.
 NARROW_STORES = {"fold_partials", "backward_slice_sums"}
 NARROW_LOADS = {"fold_partials"}
@@ -63,7 +64,7 @@ def test_registers_and_stack(objects):
         for arch, symbol, body in machine_code(dump(path, "--dump-resource-usage"), r"arch = ", r" Function "):
             usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", body)}
             seen[arch] += 1
-            stack = KNOWN_STACK.get(kernel_name(symbol), 0)
+            stack = KNOWN_STACK.get(arch, {}).get(kernel_name(symbol), 0)
             if usage["REG"] > most_registers(symbol) or usage["STACK"] > stack or usage["LOCAL"]:
                 wrong.append((arch, symbol, usage))
     assert not wrong
@@ -89,7 +90,7 @@ def test_loads_and_stores(objects):
             wide_loads, wide_stores = widths["LDG"]["128"] > 0, widths["STG"]["128"] > 0
             narrow_loads = kernel in NARROW_LOADS and symbol.count("Li1EEEv")  # one column a thread
             if (
-                ((widths["LDL"] or widths["STL"]) and kernel not in KNOWN_STACK)
+                ((widths["LDL"] or widths["STL"]) and kernel not in KNOWN_STACK.get(arch, {}))
                 or widths["LDG"]["256"]
                 or widths["STG"]["256"]
                 or (wide_loads == bool(narrow_loads))
