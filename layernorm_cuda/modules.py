@@ -1,6 +1,6 @@
 """The modules: ``torch.nn``'s, by our functions. What they do not define here is their parents'."""
 
-from typing import ClassVar
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class RMSNorm(torch.nn.RMSNorm):
     Shape: input and output ``[*, *normalized_shape]``. See :func:`layernorm_cuda.rms_norm` for dtypes and errors.
     """
 
-    __constants__: ClassVar[list[str]] = [*torch.nn.RMSNorm.__constants__, "zero_centered"]
-    zero_centered = False
+    zero_centered: Final[bool] = False  # once constructed: what TorchScript takes for a constant
 
     def __init__(
         self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, zero_centered=False
