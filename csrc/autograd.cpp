@@ -2,7 +2,6 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -184,11 +183,6 @@ bool needs_derivative(const T& argument) {
     return false;
 }
 
-template <class Function>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-}
-
 // A compiled graph's calls mostly need no derivative any more, and then Python, which has them, would cost more than
 // the kernel does on a short row.
 template <class Op, class... Args>
@@ -201,10 +195,8 @@ Outputs differentiable(const Op& op, const Op& in_python, c10::DispatchKeySet ke
 Outputs forward_op(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& residual,
                    c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
                    double eps, bool rms, bool save_stats, std::optional<at::ScalarType> dtype) {
-  using Function = Outputs(const Tensor&, const OptionalTensor&, c10::SymIntArrayRef, const OptionalTensor&,
-                           const OptionalTensor&, double, bool, bool, std::optional<at::ScalarType>);
-  static const auto op = find<Function>("layernorm_cuda::norm_forward");
-  static const auto in_python = find<Function>("layernorm_cuda::differentiable_norm_forward");
+  static const auto op = find_operator<ForwardFunction>("layernorm_cuda::norm_forward");
+  static const auto in_python = find_operator<ForwardFunction>("layernorm_cuda::differentiable_norm_forward");
   return differentiable(op, in_python, keys, input, residual, normalized_shape, weight, bias, eps, rms, save_stats,
                         dtype);
 }
@@ -213,11 +205,8 @@ Outputs backward_op(c10::DispatchKeySet keys, const Tensor& grad_output, const O
                     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                     const Tensor& stats, bool rms, std::array<bool, 3> output_mask,
                     std::optional<at::ScalarType> bias_dtype) {
-  using Function =
-      Outputs(const Tensor&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
-              const Tensor&, bool, std::array<bool, 3>, std::optional<at::ScalarType>);
-  static const auto op = find<Function>("layernorm_cuda::norm_backward");
-  static const auto in_python = find<Function>("layernorm_cuda::differentiable_norm_backward");
+  static const auto op = find_operator<BackwardFunction>("layernorm_cuda::norm_backward");
+  static const auto in_python = find_operator<BackwardFunction>("layernorm_cuda::differentiable_norm_backward");
   return differentiable(op, in_python, keys, grad_output, grad_sum, input, normalized_shape, weight, stats, rms,
                         output_mask, bias_dtype);
 }

@@ -5,7 +5,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
@@ -360,12 +359,7 @@ std::tuple<Tensor, Tensor, Tensor> call_norm_backward(const Tensor& grad_output,
   if (below_autograd && is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) &&
       is_plain(stats))
     return norm_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype);
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("layernorm_cuda::norm_backward", "")
-          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
-                                                    c10::SymIntArrayRef, const OptionalTensor&, const Tensor&, bool,
-                                                    std::array<bool, 3>, std::optional<ScalarType>)>();
+  static const auto op = find_operator<BackwardFunction>("layernorm_cuda::norm_backward");
   return op.call(grad_output, grad_sum, input, c10::fromIntArrayRefSlow(normalized_shape), weight, stats, rms,
                  output_mask, bias_dtype);
 }

@@ -1,6 +1,7 @@
 // The operators as C++ functions. Outputs that were not asked for are undefined tensors here (None in Python).
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
 #include <optional>
@@ -38,5 +39,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> call_norm_backward(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_sum, const at::Tensor& input,
     at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool rms,
     std::array<bool, 3> output_mask, std::optional<at::ScalarType> bias_dtype);
+
+// The operators through the dispatcher, for tensors and sizes that are not plain.
+using ForwardFunction = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor& input, const std::optional<at::Tensor>& residual, c10::SymIntArrayRef normalized_shape,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps, bool rms,
+    bool save_stats, std::optional<at::ScalarType> dtype);
+using BackwardFunction = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_sum, const at::Tensor& input,
+    c10::SymIntArrayRef normalized_shape, const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool rms,
+    std::array<bool, 3> output_mask, std::optional<at::ScalarType> bias_dtype);
+template <class Function>
+auto find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Function>();
+}
 
 }  // namespace lnc

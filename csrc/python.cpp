@@ -2,7 +2,6 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -68,13 +67,6 @@ constexpr bool kWithCuda = true;
 constexpr bool kWithCuda = false;
 #endif
 
-// Through the dispatcher, for tensors and sizes that are not plain.
-template <class Function, class... Args>
-Outputs dispatch(const char* name, Args&&... args) {
-  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-  return op.call(std::forward<Args>(args)...);
-}
-
 Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
                 const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool save_stats,
                 std::optional<ScalarType> dtype) {
@@ -83,9 +75,8 @@ Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape
   auto sizes = c10::asIntArrayRefSlowOpt(shape);
   if (sizes && is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias))
     return norm_forward(input, residual, *sizes, weight, bias, eps, rms, save_stats, dtype);
-  return dispatch<Outputs(const Tensor&, const OptionalTensor&, c10::SymIntArrayRef, const OptionalTensor&,
-                          const OptionalTensor&, double, bool, bool, std::optional<ScalarType>)>(
-      "layernorm_cuda::norm_forward", input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
+  return find_operator<ForwardFunction>("layernorm_cuda::norm_forward")
+      .call(input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
 }
 
 Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
@@ -95,10 +86,8 @@ Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, cons
   c10::SymIntArrayRef shape(normalized_shape.sizes);
   if (auto sizes = c10::asIntArrayRefSlowOpt(shape))
     return call_norm_backward(grad_output, grad_sum, input, *sizes, weight, stats, rms, output_mask, bias_dtype);
-  return dispatch<Outputs(const Tensor&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef,
-                          const OptionalTensor&, const Tensor&, bool, std::array<bool, 3>, std::optional<ScalarType>)>(
-      "layernorm_cuda::norm_backward", grad_output, grad_sum, input, shape, weight, stats, rms, output_mask,
-      bias_dtype);
+  return find_operator<BackwardFunction>("layernorm_cuda::norm_backward")
+      .call(grad_output, grad_sum, input, shape, weight, stats, rms, output_mask, bias_dtype);
 }
 
 // ---- norm, for plain tensors ------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@
 namespace lnc {
 
 constexpr int kBackwardThreads = 512;
+// Groups that share a warp.
+template <int SIZE>
+constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
 
 struct BackwardArgs {
   BackwardParams p;
@@ -148,16 +151,15 @@ struct ParamGrads {
   // shared memory for the lower half to add, and so on.
   template <int SIZE, class G>
   __device__ void fold(A* shared, const G& group) {
-    constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
 #pragma unroll
     for (int offset = SIZE; SIZE != kWarps && offset < 32; offset *= 2)
       each_pack([&](int, A(&values)[kPack<A>]) {
 #pragma unroll
         for (int k = 0; k < kPack<A>; ++k) values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
       });
-    const int part = group.index / kTogether;
-    const bool first = group.index % kTogether == 0;
-    for (int parts = group.count() / kTogether, half; parts > 1; parts = half) {
+    const int part = group.index / kTogether<SIZE>;
+    const bool first = group.index % kTogether<SIZE> == 0;
+    for (int parts = group.count() / kTogether<SIZE>, half; parts > 1; parts = half) {
       half = (parts + 1) / 2;
       Raw<A>* const there = reinterpret_cast<Raw<A>*>(shared) + (part % half) * kPacks * group.size + group.rank;
       if (first && part >= half && part < parts)
@@ -305,7 +307,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   // not, a row is taken from its bytes twice.
   constexpr bool kAhead = WHOLE;
   // Room for both gradients of half a block's groups, or rather of its warps where several groups share one.
-  constexpr int kRoom = CLUSTER ? 4 : kBackwardThreads * VECS * N / (SIZE == kWarps ? 1 : 32 / SIZE);
+  constexpr int kRoom = CLUSTER ? 4 : kBackwardThreads * VECS * N / kTogether<SIZE>;
   __shared__ __align__(16) A shared[kRoom];
   __shared__ GroupScratch<A> scratch;
   __shared__ ClusterSums<A> cluster_sums;
@@ -321,10 +323,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   ParamGrads<T, VECS> grads;
   Incoming<T, D, VECS> in;
   // The rows of a last, partial round go to as many multiprocessors as there are, those of one warp side by side.
-  constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
   const int walkers = gridDim.x / cluster.size;
   const int64_t stride = int64_t(walkers) * group.count();
-  int64_t row = (int64_t(group.index / kTogether) * walkers + walker) * kTogether + group.index % kTogether;
+  int64_t row =
+      (int64_t(group.index / kTogether<SIZE>) * walkers + walker) * kTogether<SIZE> + group.index % kTogether<SIZE>;
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
   weight.load(extent, group);
   if (CLUSTER) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
