@@ -215,7 +215,7 @@ struct BackwardPart {
   // of grads on, wanted or not: a branch would cost more. Adds the thread's share of sum(g) and sum(g * xhat), each in
   // two chains.
   template <bool GRADS, int EARLY, int ALL, class E, class G>
-  __device__ void take(const Param<T, EARLY>& weight, ParamGrads<T, ALL>& grads, int first, A (&sums)[2],
+  __device__ void take(Param<T, VECS, EARLY>& weight, ParamGrads<T, ALL>& grads, int first, A (&sums)[2],
                        const E& extent, const G& group) {
     A part[4] = {sums[0], 0, sums[1], 0};
 #pragma unroll
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   const Extent<T, WHOLE, kSurePacks<VECS, WHOLE && !CLUSTER>> extent{cols};
   const int walker = blockIdx.x / cluster.size;  // the block, or the cluster, among those that walk the rows
 
-  Param<T, kAhead ? VECS : 0> weight(p.weight, begin, args.wide_params);
+  Param<T, VECS, kAhead ? VECS : 0> weight(p.weight, begin, args.wide_params);
   ParamGrads<T, VECS> grads;
   Incoming<T, D, VECS> in;
   // The rows of a last, partial round go to as many multiprocessors as there are, those of one warp side by side.
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   int64_t row =
       (int64_t(group.index / kTogether<SIZE>) * walkers + walker) * kTogether<SIZE> + group.index % kTogether<SIZE>;
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
-  weight.load(extent, group);
+  weight.template load<WHOLE>(extent, group);
   if (CLUSTER) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
   for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {
     if (!kAhead) in.template load<norm>(args, row, begin, extent, group);
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const Bac
       const E extent{cols - begin < kSliceCols ? cols - begin : kSliceCols};
       in.template load<norm>(args, row, begin, extent, group);
       if (s < args.staged) in.put(stage + s * in.kStride * kThreads, kThreads);
-      const Param<T, 0> weight(p.weight, begin, args.wide_params);
+      Param<T, VECS, 0> weight(p.weight, begin, args.wide_params);
       part.read(in, extent, group);
       part.template take<true>(weight, grads, s * VECS, sums, extent, group);
     }
@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const Bac
           in.get(stage + s * in.kStride * kThreads, kThreads);
         else
           in.template load<norm>(args, row, begin, extent, group);
-        const Param<T, 0> weight(p.weight, begin, args.wide_params);
+        Param<T, VECS, 0> weight(p.weight, begin, args.wide_params);
         part.read(in, extent, group);
         part.template take<false>(weight, grads, 0, again, extent, group);
       }
@@ -424,8 +424,8 @@ __global__ void __launch_bounds__(512) backward_slice_sums(const BackwardArgs ar
   const BackwardParams& p = args.p;
   const int64_t begin = blockIdx.x * args.slice_cols;
   const Extent<T, WHOLE, 0> extent{slice_cols(args, begin)};
-  Param<T, VECS> weight(p.weight, begin, args.wide_params);
-  weight.load(extent, group);
+  Param<T, VECS, VECS> weight(p.weight, begin, args.wide_params);
+  weight.template load<WHOLE>(extent, group);
   ParamGrads<T, VECS> none;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Incoming<T, D, VECS> in;
@@ -449,7 +449,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_slices(const Bac
   const BackwardParams& p = args.p;
   const int64_t begin = blockIdx.x * args.slice_cols;
   const Extent<T, WHOLE, 0> extent{slice_cols(args, begin)};
-  const Param<T, 0> weight(p.weight, begin, args.wide_params);
+  Param<T, VECS, 0> weight(p.weight, begin, args.wide_params);
   ParamGrads<T, VECS> grads;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Incoming<T, D, VECS> in;

@@ -15,7 +15,7 @@ namespace lnc {
 struct ForwardArgs {
   ForwardParams p;
   bool even;   // every thread of a group has the same number of elements
-  bool plain;  // weight and bias are there, and they and the output are as narrow as the data
+  bool plain;  // there are weight and bias (weight alone for rms), and they and the output are as narrow as the data
   bool output_aligned;
   bool wide_params, wide_output;  // stored in the accumulation type while the data are narrower
   double inverse_cols;
@@ -39,9 +39,14 @@ constexpr bool kForwardAhead = WHOLE && SIZE != kWarps && sizeof(T) < 8;
 // Blocks that a multiprocessor holds at least: as many as the plan gives it, or where a row has a block and that spills
 // nothing, what leaves 64 registers a thread, so that rows enough are on their way.
 template <class T, int SIZE, int VECS, bool WHOLE>
-constexpr int kForwardBlocks = kForwardAhead<T, SIZE, WHOLE> ? forward_threads(VECS, kPack<T>) / kForwardThreads<SIZE>
-                               : WHOLE && SIZE == kWarps && sizeof(T) == 4 ? 2
-                                                                           : 1;
+constexpr int kForwardBlocks =
+    kForwardAhead<T, SIZE, WHOLE>               ? forward_threads(SIZE, VECS, kPack<T>) / kForwardThreads<SIZE>
+    : WHOLE && SIZE == kWarps && sizeof(T) == 4 ? 2
+                                                : 1;
+
+// Packs of weight and bias that are on their way ahead of the one in use.
+template <int VECS, bool PLAIN>
+constexpr int kParamsAhead = PLAIN ? (VECS < 2 ? VECS : 2) : 0;
 
 // The packs of a row, or of a stretch of it from column begin on, with the residual added; writes the sum if asked to.
 template <class T, int VECS, class E, class G>
@@ -65,14 +70,17 @@ __device__ inline void fetch(Raw<T> (&raw)[VECS], const ForwardArgs& args, int64
   if (write_sum) store_row(static_cast<T*>(p.sum) + row * p.cols + begin, raw, extent, group);
 }
 
+// A row's first element as it lies in memory, or as the sum with the residual will: a conversion would wait for it.
 template <class T, Norm norm>
-__device__ inline Accumulate<T> pivot_of(const ForwardArgs& args, int64_t row) {
-  using A = Accumulate<T>;
+__device__ inline T pivot_of(const ForwardArgs& args, int64_t row) {
   const ForwardParams& p = args.p;
-  if (!is_layer<norm>(p)) return A(0);
-  const A first = widen(static_cast<const T*>(p.input)[row_offset(p.input_rows, row)]);
-  if (!p.residual) return first;
-  return widen(narrow<T>(first + widen(static_cast<const T*>(p.residual)[row_offset(p.residual_rows, row)])));
+  if (!is_layer<norm>(p)) return T{};
+  T pivot = static_cast<const T*>(p.input)[row_offset(p.input_rows, row)];
+  if (p.residual) {
+    const T more = static_cast<const T*>(p.residual)[row_offset(p.residual_rows, row)];
+    pivot = narrow<T>(widen(pivot) + widen(more));
+  }
+  return pivot;
 }
 
 // A thread's part of a row (or of a slice of it) as deviations from the row's pivot.
@@ -85,13 +93,14 @@ struct RowPart {
 
   __device__ explicit RowPart(const E& extent) : extent(extent) {}
 
-  __device__ void take(const Raw<T> (&raw)[VECS], A pivot) {
+  __device__ void take(const Raw<T> (&raw)[VECS], T pivot) {
+    const A first = widen(pivot);
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       unpack<T>(raw[v], d[v]);
       if (norm != Norm::rms) {
 #pragma unroll
-        for (int e = 0; e < N; ++e) d[v][e] -= pivot;
+        for (int e = 0; e < N; ++e) d[v][e] -= first;
       }
     }
   }
@@ -152,44 +161,48 @@ __device__ inline A rescued_rstd(A scaled_variance, A eps, A scale) {
 }
 
 // y = xhat * weight + bias, written to the output. Leaves nothing of d.
-template <bool PLAIN, class T, Norm norm, int VECS, class E, int EARLY, class G>
-__device__ inline void write_output(RowPart<T, norm, VECS, E>& x, const Param<T, EARLY>& weight,
-                                    const Param<T, EARLY>& bias, Accumulate<T> shift, Accumulate<T> rstd,
-                                    const ForwardArgs& args, int64_t offset, const G& group) {
+template <bool PLAIN, class T, Norm norm, int VECS, class E, class G>
+__device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
+                                    const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
+  const ForwardParams& p = args.p;
   const E& extent = x.extent;
+  constexpr bool kBias = !(PLAIN && norm == Norm::rms);
+  const bool wide_output = !PLAIN && kNarrow<T> && args.wide_output;
   const A centre = -shift * rstd;
+  const int64_t offset = row * p.cols + begin;
+  Param<T, VECS, kParamsAhead<VECS, PLAIN>> weight(p.weight, begin, args.wide_params),
+      bias(p.bias, begin, args.wide_params);
+  weight.template load<PLAIN>(extent, group);
+  if (kBias) bias.template load<PLAIN>(extent, group);
   Raw<T> raw[VECS];
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
     if (E::kWhole && !extent.has(v, group)) continue;
-    A w[N], b[N];
+    A w[N], b[N] = {};
     weight.template values<PLAIN>(v, w, A(1), extent, group);
-    bias.template values<PLAIN>(v, b, A(0), extent, group);
+    if (kBias) bias.template values<PLAIN>(v, b, A(0), extent, group);
 #pragma unroll
     for (int e = 0; e < N; ++e) x.d[v][e] = multiply_add(multiply_add(x.d[v][e], rstd, centre), w[e], b[e]);
-    if (!PLAIN && args.wide_output)
-      store_wide<T>(static_cast<A*>(args.p.output) + offset, x.d[v], v * group.size + group.rank, extent.cols,
+    if (wide_output)
+      store_wide<T>(static_cast<A*>(p.output) + offset, x.d[v], v * group.size + group.rank, extent.end(),
                     E::kWhole || args.output_aligned);
     else if (E::kWhole)
-      thread_packs(static_cast<T*>(args.p.output) + offset, group)[v * group.size] = pack<T>(x.d[v]);
+      thread_packs(static_cast<T*>(p.output) + offset, group)[v * group.size] = pack<T>(x.d[v]);
     else
       raw[v] = pack<T>(x.d[v]);
   }
-  if (!E::kWhole && (PLAIN || !args.wide_output))
-    store_row(static_cast<T*>(args.p.output) + offset, raw, extent, group);
+  if (!E::kWhole && !wide_output) store_row(static_cast<T*>(p.output) + offset, raw, extent, group);
 }
 
-template <class T, Norm norm, int VECS, class E, int EARLY, class G>
-__device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, const Param<T, EARLY>& weight,
-                                  const Param<T, EARLY>& bias, Accumulate<T> shift, Accumulate<T> rstd,
+template <class T, Norm norm, int VECS, class E, class G>
+__device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
                                   const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
-  const int64_t offset = row * args.p.cols + begin;
   if (E::kWhole && args.plain)
-    write_output<E::kWhole>(x, weight, bias, shift, rstd, args, offset, group);
+    write_output<E::kWhole>(x, shift, rstd, args, row, begin, group);
   else
-    write_output<false>(x, weight, bias, shift, rstd, args, offset, group);
+    write_output<false>(x, shift, rstd, args, row, begin, group);
 }
 
 template <Norm norm, class A>
@@ -209,12 +222,11 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
   Group<A, SIZE, SIZE == kWarps> group(&scratch);
   const ForwardParams& p = args.p;
   const Extent<T, WHOLE, kSurePacks<VECS, WHOLE>> extent{static_cast<int>(p.cols)};
-  const Param<T, 0> weight(p.weight, 0, args.wide_params), bias(p.bias, 0, args.wide_params);
   constexpr bool kAhead = kForwardAhead<T, SIZE, WHOLE>;
   const int64_t stride = int64_t(gridDim.x) * group.count();
   int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
   Raw<T> raw[VECS];
-  A pivot = 0;
+  T pivot{};
   auto load = [&](int64_t r) {
     fetch<T>(raw, args, r, 0, extent, true, group);
     pivot = pivot_of<T, norm>(args, r);
@@ -237,7 +249,7 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
       rstd = rescued_rstd(x.scaled_squares(m.mean, scale, group) * inverse_cols, eps, scale);
     }
     if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
-    finish_row(x, weight, bias, m.mean, rstd, args, row, 0, group);
+    finish_row(x, m.mean, rstd, args, row, 0, group);
     if (!kAhead) break;
   }
 }
@@ -294,7 +306,7 @@ __device__ inline void merge_slices(const SliceMoments<A>* slices, const Forward
 
 // Moments of slice blockIdx.x of row blockIdx.y + k * gridDim.y.
 template <class T, Norm norm, int VECS, bool WHOLE>
-__global__ void __launch_bounds__(512) forward_slice_moments(const ForwardArgs args) {
+__global__ void __launch_bounds__(512, 1) forward_slice_moments(const ForwardArgs args) {
   using A = Accumulate<T>;
   __shared__ GroupScratch<A> scratch;
   Group<A, kWarps, true> group(&scratch);
@@ -311,14 +323,13 @@ __global__ void __launch_bounds__(512) forward_slice_moments(const ForwardArgs a
 }
 
 template <class T, Norm norm, int VECS, bool WHOLE>
-__global__ void __launch_bounds__(512) forward_slices(const ForwardArgs args) {
+__global__ void __launch_bounds__(512, 1) forward_slices(const ForwardArgs args) {
   using A = Accumulate<T>;
   __shared__ GroupScratch<A> scratch;
   Group<A, kWarps, true> group(&scratch);
   const ForwardParams& p = args.p;
   const Slice slice(args, blockIdx.x);
   const Extent<T, WHOLE, 0> extent{slice.cols};
-  const Param<T, 0> weight(p.weight, slice.begin, args.wide_params), bias(p.bias, slice.begin, args.wide_params);
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Raw<T> raw[VECS];
     fetch<T>(raw, args, row, slice.begin, extent, false, group);
@@ -327,14 +338,14 @@ __global__ void __launch_bounds__(512) forward_slices(const ForwardArgs args) {
     A shift, rstd;
     merge_slices(static_cast<const SliceMoments<A>*>(p.workspace) + row * args.slices, args, shift, rstd, group);
     if (group.rank == 0 && blockIdx.x == 0) save_stats<norm>(p, row, shift, rstd);
-    finish_row(x, weight, bias, shift, rstd, args, row, slice.begin, group);
+    finish_row(x, shift, rstd, args, row, slice.begin, group);
   }
 }
 
 // A row a cluster of args.cluster blocks (one is enough for what its shared memory holds), whose blocks take slices in
 // turn. A thread finds in shared memory only what it has put there itself; only the moments are shared.
 template <class T, Norm norm, int VECS, bool WHOLE>
-__global__ void __launch_bounds__(512) forward_staged(const ForwardArgs args) {
+__global__ void __launch_bounds__(512, 1) forward_staged(const ForwardArgs args) {
   using A = Accumulate<T>;
   using E = Extent<T, WHOLE, 0>;
   __shared__ GroupScratch<A> scratch;
@@ -345,7 +356,7 @@ __global__ void __launch_bounds__(512) forward_staged(const ForwardArgs args) {
   const Cluster cluster(args.cluster);
   const int64_t row = blockIdx.x / args.cluster;
   const int first = int(blockIdx.x % args.cluster), slices = int(args.slices);
-  const A pivot = pivot_of<T, norm>(args, row);
+  const T pivot = pivot_of<T, norm>(args, row);
 
   cluster.arrive();
   Raw<T>* kept = stage;
@@ -379,8 +390,7 @@ __global__ void __launch_bounds__(512) forward_staged(const ForwardArgs args) {
     const E extent{here.cols};
     RowPart<T, norm, VECS, E> x(extent);
     x.take(raw, pivot);
-    const Param<T, 0> weight(p.weight, here.begin, args.wide_params), bias(p.bias, here.begin, args.wide_params);
-    finish_row(x, weight, bias, shift, rstd, args, row, here.begin, group);
+    finish_row(x, shift, rstd, args, row, here.begin, group);
   }
 }
 

@@ -60,14 +60,13 @@ bool is_whole(const Plan& plan, int64_t cols) {
 
 template <class T>
 ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
-  using A = Accumulate<T>;
   ForwardArgs a{};
   a.p = p;
   a.even = int64_t(plan.threads_per_row) * plan.tier->vecs * kPack<T> == p.cols;
   const RowMap dense = RowMap::contiguous(p.rows, p.cols);
-  a.wide_params = sizeof(T) < sizeof(A) && p.param_dtype == accumulate_type(p.dtype);
-  a.wide_output = sizeof(T) < sizeof(A) && p.output_dtype == accumulate_type(p.dtype);
-  a.plain = p.weight && p.bias && !a.wide_params && !a.wide_output;
+  a.wide_params = kNarrow<T> && p.param_dtype == accumulate_type(p.dtype);
+  a.wide_output = kNarrow<T> && p.output_dtype == accumulate_type(p.dtype);
+  a.plain = p.weight && !p.bias == (p.norm == Norm::rms) && !a.wide_params && !a.wide_output;
   a.output_aligned = is_aligned(p.output, dense, p.rows, size_of(p.output_dtype));
   a.inverse_cols = 1.0 / double(p.cols);
   a.slice_cols = plan.slice_cols;
@@ -136,10 +135,9 @@ cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, cudaStream_
 
 template <class T, class D>
 BackwardArgs backward_args(const BackwardParams& p, const Plan& plan) {
-  using A = Accumulate<T>;
   BackwardArgs a{};
   a.p = p;
-  a.wide_params = sizeof(T) < sizeof(A) && p.param_dtype == accumulate_type(p.dtype);
+  a.wide_params = kNarrow<T> && p.param_dtype == accumulate_type(p.dtype);
   a.param_grads = p.grad_weight || p.grad_bias;
   a.grad_output_aligned = is_aligned(p.grad_output, p.grad_output_rows, p.rows, sizeof(D));
   a.inverse_cols = 1.0 / double(p.cols);

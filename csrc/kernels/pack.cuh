@@ -20,6 +20,9 @@ struct AccumulateOf<double> {
 };
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;
+// Whether parameters and output can be wider than the data.
+template <class T>
+constexpr bool kNarrow = sizeof(T) < sizeof(Accumulate<T>);
 
 // Sixteen bytes as they travel.
 template <class T>
@@ -247,6 +250,8 @@ struct Extent {
   static constexpr bool kWhole = WHOLE;
   int cols;
 
+  // For what asks pack by pack whether the row goes on: packs that has() has found are whole.
+  __device__ int end() const { return WHOLE ? INT32_MAX : cols; }
   // Elements from pack v on.
   template <class G>
   __device__ int left(int v, const G& group) const {
@@ -430,9 +435,9 @@ __device__ inline void store_wide(A* row, const A (&in)[kPack<T>], int i, int co
     if (i * N + e < cols) row[i * N + e] = in[e];
 }
 
-// Weight or bias. Of the thread's packs the first EARLY are loaded ahead, the others when they are used: most often
-// from L1, and registers are what limits how many rows are on their way.
-template <class T, int EARLY>
+// Weight or bias. EARLY of a thread's packs are on their way ahead of the one in use: the compiler moves no load before
+// a store, so that each would only leave when the one before has been used. Where EARLY are all of them they stay.
+template <class T, int VECS, int EARLY>
 struct Param {
   using A = Accumulate<T>;
   static constexpr int N = kPack<T>;
@@ -444,25 +449,26 @@ struct Param {
       : first(!p     ? nullptr
               : wide ? static_cast<const void*>(static_cast<const A*>(p) + column)
                      : static_cast<const void*>(static_cast<const T*>(p) + column)),
-        wide(wide) {}
+        wide(kNarrow<T> && wide) {}
 
-  template <class E, class G>
+  // PLAIN promises at compile time that there is one, as narrow as the data.
+  template <bool PLAIN, class E, class G>
   __device__ void load(const E& extent, const G& group) {
-    if (!first || wide) return;
+    if (!PLAIN && (!first || wide)) return;
 #pragma unroll
     for (int v = 0; v < EARLY; ++v) early[v] = one(v, extent, group);
   }
 
-  // PLAIN promises at compile time that there is one, as narrow as the data.
   template <bool PLAIN, class E, class G>
-  __device__ void values(int v, A (&out)[N], A absent, const E& extent, const G& group) const {
+  __device__ void values(int v, A (&out)[N], A absent, const E& extent, const G& group) {
     if (!PLAIN && !first) {
 #pragma unroll
       for (int e = 0; e < N; ++e) out[e] = absent;
     } else if (!PLAIN && wide) {
-      load_wide<T>(out, static_cast<const A*>(first), v * group.size + group.rank, extent.cols, true);
-    } else if (v < EARLY) {
-      unpack<T>(early[v < EARLY ? v : 0], out);
+      load_wide<T>(out, static_cast<const A*>(first), v * group.size + group.rank, extent.end(), true);
+    } else if constexpr (EARLY > 0) {
+      unpack<T>(early[v % EARLY], out);
+      if (v + EARLY < VECS) early[v % EARLY] = one(v + EARLY, extent, group);
     } else {
       unpack<T>(one(v, extent, group), out);
     }

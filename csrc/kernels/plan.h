@@ -141,10 +141,11 @@ Plan choose(const Tier (&tiers)[K], int64_t cols, DType dtype, const char* name,
 }
 
 // Threads of one multiprocessor that walk the rows forward, by what each holds in registers: its packs of a row as they
-// are computed with, of the next as they come. Some rows are then written while others are read.
-constexpr int forward_threads(int vecs, int pack) {
-  const int registers = vecs * (pack + 4);
-  return registers > 48 ? 384 : registers > 32 ? 512 : registers > 16 ? 768 : 1024;
+// are computed with, of the next as they come, and which lanes it shares the row with where they are not all. Some rows
+// are then written while others are read.
+constexpr int forward_threads(int group, int vecs, int pack) {
+  const int registers = vecs * (pack + 4) + (group < 32);
+  return registers > 56 ? 384 : registers > 48 ? 512 : registers > 36 ? 640 : registers > 20 ? 768 : 1024;
 }
 
 inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
@@ -153,7 +154,7 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTr
     plan.rows_per_block = plan.threads / plan.threads_per_row;
     plan.blocks_x = ceil_div(rows, plan.rows_per_block), plan.blocks_y = 1;
     if (plan.is("warp") && dtype != DType::f64) {
-      const int threads = forward_threads(plan.tier->vecs, static_cast<int>(16 / size_of(dtype)));
+      const int threads = forward_threads(plan.tier->group, plan.tier->vecs, 16 / size_of(dtype));
       plan.blocks_x = at_most(plan.blocks_x, threads / plan.threads * device.sm_count);
     }
     if (plan.is("slices")) {
