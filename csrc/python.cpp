@@ -75,8 +75,8 @@ Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape
   auto sizes = c10::asIntArrayRefSlowOpt(shape);
   if (sizes && is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias))
     return norm_forward(input, residual, *sizes, weight, bias, eps, rms, save_stats, dtype);
-  return find_operator<ForwardFunction>("layernorm_cuda::norm_forward")
-      .call(input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
+  static const auto op = find_operator<ForwardFunction>("layernorm_cuda::norm_forward");
+  return op.call(input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
 }
 
 Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
@@ -86,8 +86,8 @@ Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, cons
   c10::SymIntArrayRef shape(normalized_shape.sizes);
   if (auto sizes = c10::asIntArrayRefSlowOpt(shape))
     return call_norm_backward(grad_output, grad_sum, input, *sizes, weight, stats, rms, output_mask, bias_dtype);
-  return find_operator<BackwardFunction>("layernorm_cuda::norm_backward")
-      .call(grad_output, grad_sum, input, shape, weight, stats, rms, output_mask, bias_dtype);
+  static const auto op = find_operator<BackwardFunction>("layernorm_cuda::norm_backward");
+  return op.call(grad_output, grad_sum, input, shape, weight, stats, rms, output_mask, bias_dtype);
 }
 
 // ---- norm, for plain tensors ------------------------------------------------------------------------------------
