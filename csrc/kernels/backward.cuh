@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   int64_t row =
       (int64_t(group.index / kTogether<SIZE>) * walkers + walker) * kTogether<SIZE> + group.index % kTogether<SIZE>;
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
-  weight.template load<WHOLE>(extent, group);
+  weight.template load<false>(extent, group);
   if (CLUSTER) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
   for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {
     if (!kAhead) in.template load<norm>(args, row, begin, extent, group);
@@ -339,7 +339,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
     part.template take<true>(weight, grads, 0, sums, extent, group);
     if (p.grad_input) {
       group.sum(sums);
-      if (CLUSTER) cluster_sums.add(sums, turn, cluster);
+      if (CLUSTER) {
+        cluster_sums.add(sums, turn, cluster);
+        forget(group.rank);
+      }
       if (!kAhead) {
         in.forget();
         part.read(in, extent, group);
@@ -425,7 +428,7 @@ __global__ void __launch_bounds__(512) backward_slice_sums(const BackwardArgs ar
   const int64_t begin = blockIdx.x * args.slice_cols;
   const Extent<T, WHOLE, 0> extent{slice_cols(args, begin)};
   Param<T, VECS, VECS> weight(p.weight, begin, args.wide_params);
-  weight.template load<WHOLE>(extent, group);
+  weight.template load<false>(extent, group);
   ParamGrads<T, VECS> none;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Incoming<T, D, VECS> in;

@@ -51,11 +51,12 @@ constexpr int kParamsAhead = PLAIN ? (VECS < 2 ? VECS : 2) : 0;
 // The packs of a row, or of a stretch of it from column begin on, with the residual added; writes the sum if asked to.
 template <class T, int VECS, class E, class G>
 __device__ inline void fetch(Raw<T> (&raw)[VECS], const ForwardArgs& args, int64_t row, int64_t begin, const E& extent,
-                             bool write_sum, const G& group) {
+                             bool write_sum, G group) {
   constexpr int N = kPack<T>;
   const ForwardParams& p = args.p;
   load_row(raw, static_cast<const T*>(p.input) + row_offset(p.input_rows, row) + begin, extent, group);
   if (!p.residual) return;
+  forget(group.rank);
   Raw<T> more[VECS];
   load_row(more, static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row) + begin, extent, group);
 #pragma unroll
@@ -234,6 +235,7 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
   if (kAhead && row < p.rows) load(row);
   for (; row < p.rows; row += stride) {
     if (!kAhead) load(row);
+    if (SIZE == kWarps) forget(group.rank);
     RowPart<T, norm, VECS, decltype(extent)> x(extent);
     x.take(raw, pivot);
     if (kAhead && row + stride < p.rows) load(row + stride);
@@ -248,6 +250,7 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
       const A scale = rescue_scale(variance);
       rstd = rescued_rstd(x.scaled_squares(m.mean, scale, group) * inverse_cols, eps, scale);
     }
+    if (SIZE == kWarps) forget(group.rank);
     if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
     finish_row(x, m.mean, rstd, args, row, 0, group);
     if (!kAhead) break;

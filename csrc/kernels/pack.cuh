@@ -144,17 +144,19 @@ __device__ inline void set_element(uint4& raw, int e, T value) {
   raw = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// Makes the compiler unpack a pack anew after this point instead of keeping what it unpacked before: a few
-// conversions cost less than a spilled register.
+// Makes the compiler work out anew after this point what it made of a value before, instead of keeping it: the elements
+// of a pack, or the places of a thread's packs from its rank. A few instructions cost less than a spilled register.
 template <class R>
-__device__ inline void forget(R& raw) {
+__device__ inline void forget(R& value) {
 #ifndef LNC_HOST_EXECUTION
-  if constexpr (std::is_same<R, uint4>::value)
-    asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+  if constexpr (std::is_same<R, int>::value)
+    asm volatile("" : "+r"(value));
+  else if constexpr (std::is_same<R, uint4>::value)
+    asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
   else if constexpr (std::is_same<R, float4>::value)
-    asm volatile("" : "+f"(raw.x), "+f"(raw.y), "+f"(raw.z), "+f"(raw.w));
+    asm volatile("" : "+f"(value.x), "+f"(value.y), "+f"(value.z), "+f"(value.w));
   else
-    asm volatile("" : "+d"(raw.x), "+d"(raw.y));
+    asm volatile("" : "+d"(value.x), "+d"(value.y));
 #endif
 }
 
