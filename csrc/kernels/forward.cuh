@@ -14,8 +14,9 @@ namespace lnc {
 
 struct ForwardArgs {
   ForwardParams p;
-  bool even;   // every thread of a group has the same number of elements
-  bool plain;  // there are weight and bias (weight alone for rms), and they and the output are as narrow as the data
+  bool even;          // every thread of a group has the same number of elements
+  bool plain;         // there are weight and bias (weight alone for rms), as narrow as the data, and so is the output
+  bool plain_weight;  // the same without a bias
   bool output_aligned;
   bool wide_params, wide_output;  // stored in the accumulation type while the data are narrower
   double inverse_cols;
@@ -161,29 +162,29 @@ __device__ inline A rescued_rstd(A scaled_variance, A eps, A scale) {
   return v == A(0) ? A(0) : scale * inverse_sqrt(v);
 }
 
-// y = xhat * weight + bias, written to the output. Leaves nothing of d.
-template <bool PLAIN, class T, Norm norm, int VECS, class E, class G>
+// y = xhat * weight + bias, written to the output. Leaves nothing of d. PLAIN promises what args.plain says, and that
+// there is a bias where BIAS.
+template <bool PLAIN, bool BIAS, class T, Norm norm, int VECS, class E, class G>
 __device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
                                     const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
   const ForwardParams& p = args.p;
   const E& extent = x.extent;
-  constexpr bool kBias = !(PLAIN && norm == Norm::rms);
   const bool wide_output = !PLAIN && kNarrow<T> && args.wide_output;
   const A centre = -shift * rstd;
   const int64_t offset = row * p.cols + begin;
   Param<T, VECS, kParamsAhead<VECS, PLAIN>> weight(p.weight, begin, args.wide_params),
       bias(p.bias, begin, args.wide_params);
   weight.template load<PLAIN>(extent, group);
-  if (kBias) bias.template load<PLAIN>(extent, group);
+  if (BIAS) bias.template load<PLAIN>(extent, group);
   Raw<T> raw[VECS];
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
     if (E::kWhole && !extent.has(v, group)) continue;
     A w[N], b[N] = {};
     weight.template values<PLAIN>(v, w, A(1), extent, group);
-    if (kBias) bias.template values<PLAIN>(v, b, A(0), extent, group);
+    if (BIAS) bias.template values<PLAIN>(v, b, A(0), extent, group);
 #pragma unroll
     for (int e = 0; e < N; ++e) x.d[v][e] = multiply_add(multiply_add(x.d[v][e], rstd, centre), w[e], b[e]);
     if (wide_output)
@@ -200,10 +201,14 @@ __device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Accumulate<T> 
 template <class T, Norm norm, int VECS, class E, class G>
 __device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
                                   const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
+  // Rows in blocks gain nothing from a path of their own for a weight alone.
+  constexpr bool kAlone = E::kWhole && norm != Norm::rms && G::kInWarp;
   if (E::kWhole && args.plain)
-    write_output<E::kWhole>(x, shift, rstd, args, row, begin, group);
+    write_output<E::kWhole, norm != Norm::rms>(x, shift, rstd, args, row, begin, group);
+  else if (kAlone && args.plain_weight)
+    write_output<kAlone, false>(x, shift, rstd, args, row, begin, group);
   else
-    write_output<false>(x, shift, rstd, args, row, begin, group);
+    write_output<false, true>(x, shift, rstd, args, row, begin, group);
 }
 
 template <Norm norm, class A>

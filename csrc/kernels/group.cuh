@@ -44,6 +44,7 @@ struct GroupScratch {
 template <class A, int SIZE, bool ALONE = false>
 struct Group {
   static constexpr int kWidth = SIZE == kWarps ? 32 : SIZE;
+  static constexpr bool kInWarp = SIZE != kWarps;
   int size;   // threads
   int index;  // of the group in its block
   int rank;   // of the thread in its group
