@@ -142,7 +142,8 @@ LONG = [
 def policy_cases():
     for dtype in ("f32", "f16", "bf16", "f64"):
         wide = accumulate(dtype)
-        for rows, cols in ((70, 5), (9, 300), (5, 2300), (2, 70001 if dtype == "bf16" else 20000)):
+        # 304 are whole packs of every type.
+        for rows, cols in ((70, 5), (9, 300), (9, 304), (5, 2300), (2, 70001 if dtype == "bf16" else 20000)):
             shape = Case(rows, cols, dtype)
 
             def case(shape=shape, **changes):
@@ -156,6 +157,7 @@ def policy_cases():
             yield case(wanted=(True, False, True), stats=True, padding=3)
             yield case(stats=False, residual=True, misalign=3)
             if wide != dtype:
+                yield case(params=wide, bias=False)
                 yield case(params=wide, misalign=1)
                 yield case(params=wide, output=wide, residual=True, padding=1)
                 yield case(params=wide, output=wide, rms=True)
