@@ -368,13 +368,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const Bac
   if constexpr (kHasClusters && !kIsHost) return;  // they do it better
   using A = Accumulate<T>;
   using E = Extent<T, WHOLE, 0>;
-  __shared__ GroupScratch<A> scratch;
-  Group<A, kWarps, true> group(&scratch);
+  auto* const scratch = dynamic_shared<GroupScratch<A>>();
+  Group<A, kWarps, true> group(scratch);
   const BackwardParams& p = args.p;
   // What the plan launches, known here so that no register holds it.
   constexpr int kThreads = kBackwardThreads, kSliceCols = kThreads * VECS * kPack<T>;
   const int slices = int(args.slices), cols = int(p.cols);
-  Raw<T>* const stage = dynamic_shared<Raw<T>>() + threadIdx.x;
+  Raw<T>* const stage = reinterpret_cast<Raw<T>*>(scratch + 1) + threadIdx.x;
   ParamGrads<T, SLICES * VECS> grads;
   const int rows = int(p.rows);  // of so many columns there are no more in any memory
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {

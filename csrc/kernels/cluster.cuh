@@ -6,7 +6,8 @@
 namespace lnc {
 
 #ifndef LNC_HOST_EXECUTION
-// The launch's dynamic shared memory, 16-byte aligned.
+// The launch's dynamic shared memory, 16-byte aligned. Kernels that take it have no other beside it, which simulators
+// have been seen to lay over it.
 template <class T>
 __device__ inline T* dynamic_shared() {
   extern __shared__ uint4 lnc_dynamic_shared[];

@@ -350,16 +350,23 @@ __global__ void __launch_bounds__(512, 1) forward_slices(const ForwardArgs args)
   }
 }
 
+// What comes before the slices in the shared memory of forward_staged.
+template <class A>
+struct __align__(16) ForwardShared {
+  GroupScratch<A> scratch;
+  SliceMoments<A> moments[kMaxStagedSlices];
+};
+
 // A row a cluster of args.cluster blocks (one is enough for what its shared memory holds), whose blocks take slices in
 // turn. A thread finds in shared memory only what it has put there itself; only the moments are shared.
 template <class T, Norm norm, int VECS, bool WHOLE>
 __global__ void __launch_bounds__(512, 1) forward_staged(const ForwardArgs args) {
   using A = Accumulate<T>;
   using E = Extent<T, WHOLE, 0>;
-  __shared__ GroupScratch<A> scratch;
-  __shared__ SliceMoments<A> moments[kMaxStagedSlices];
-  Raw<T>* const stage = dynamic_shared<Raw<T>>() + threadIdx.x;
-  Group<A, kWarps, true> group(&scratch);
+  auto* const shared = dynamic_shared<ForwardShared<A>>();
+  SliceMoments<A>* const moments = shared->moments;
+  Raw<T>* const stage = reinterpret_cast<Raw<T>*>(shared + 1) + threadIdx.x;
+  Group<A, kWarps, true> group(&shared->scratch);
   const ForwardParams& p = args.p;
   const Cluster cluster(args.cluster);
   const int64_t row = blockIdx.x / args.cluster;

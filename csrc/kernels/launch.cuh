@@ -82,12 +82,13 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
   const int vecs = plan.tier->vecs;
   dim3 grid = grid_of(plan);
   if (!WHOLE && plan.is("warp")) grid.x = static_cast<unsigned>(ceil_div(args.p.rows, plan.rows_per_block));
-  auto launch = [&](void (*kernel)(ForwardArgs)) {
-    return launch_kernel(kernel, grid, block_of(plan), stream, args, plan.shared, plan.cluster);
+  auto launch = [&](void (*kernel)(ForwardArgs), int64_t shared = 0) {
+    return launch_kernel(kernel, grid, block_of(plan), stream, args, shared, plan.cluster);
   };
   if (plan.is("staged") || plan.is("cluster")) {
-    const cudaError_t status = ask_shared(forward_staged<T, norm, 4, WHOLE>, plan.shared);
-    return status != cudaSuccess ? status : launch(forward_staged<T, norm, 4, WHOLE>);
+    const int64_t shared = sizeof(ForwardShared<Accumulate<T>>) + plan.shared;
+    const cudaError_t status = ask_shared(forward_staged<T, norm, 4, WHOLE>, shared);
+    return status != cudaSuccess ? status : launch(forward_staged<T, norm, 4, WHOLE>, shared);
   }
   if (plan.is("slices")) {
     const cudaError_t status = launch(forward_slice_moments<T, norm, 4, WHOLE>);
@@ -170,11 +171,12 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
     if (plan.is("staged")) {
       constexpr int kVecs = sizeof(T) == 4 ? 2 : 1, kSlices = 4;
       const auto kernel = backward_staged<T, D, norm, kVecs, kSlices, WHOLE>;
+      constexpr int64_t kScratch = sizeof(GroupScratch<Accumulate<T>>);
       const int64_t slice_bytes = plan.threads * Incoming<T, D, kVecs>::kStride * 16;
       args.staged = static_cast<int>(at_most(plan.slices - 1, plan.shared / slice_bytes));
-      if (ask_shared(kernel, plan.shared) != cudaSuccess)  // what is not kept is read again
+      if (ask_shared(kernel, kScratch + plan.shared) != cudaSuccess)  // what is not kept is read again
         args.staged = static_cast<int>(kUnaskedShared / slice_bytes);
-      return launch(kernel, args.staged * slice_bytes);
+      return launch(kernel, kScratch + args.staged * slice_bytes);
     }
   switch (plan.tier->group) {
     case 1:

@@ -97,7 +97,7 @@ struct Plan {
   int64_t blocks_x, blocks_y;
   int64_t slice_cols, slices;  // of a row
   int cluster;                 // blocks that share a row
-  int64_t shared;              // bytes of dynamic shared memory: forward's use, backward's most
+  int64_t shared;              // bytes of shared memory for slices of rows: forward's use, backward's most
   int64_t partials;            // backward: how many sets of weight and bias gradients the second kernel folds
   bool is(const char* name) const;
 };
