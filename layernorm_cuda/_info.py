@@ -42,7 +42,7 @@ class LaunchPlan(NamedTuple):
     packs_per_thread: int  # of 16 bytes
     blocks: int
     blocks_per_row: int  # of a cluster; else 1
-    shared_memory: int  # dynamic, in bytes a block
+    shared_memory: int  # for slices of rows, in bytes a block
     slices: int  # of a row; 1 where a row is not cut
     partials: int  # backward: sets of weight and bias gradients that the second kernel folds
     reason: str

@@ -104,8 +104,10 @@ def tiers(dtype, direction):
 def arch_with(tier, number=0):
     """One of the architectures that have a tier: backward keeps long rows in clusters where it can."""
     archs = compiled.ptx_archs()
-    if tier in ("cluster", "staged"):
-        archs = [arch for arch in archs if (int(arch) >= 90) == (tier == "cluster")]
+    if tier == "cluster":
+        archs = [arch for arch in archs if int(arch) >= 90]
+    elif tier == "staged":  # sm_75 has shared memory for one slice
+        archs = [arch for arch in archs if 80 <= int(arch) < 90]
     return archs[number % len(archs)] if archs else None
 
 
