@@ -328,6 +328,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   int64_t row =
       (int64_t(group.index / kTogether<SIZE>) * walkers + walker) * kTogether<SIZE> + group.index % kTogether<SIZE>;
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
+  // <WHOLE> would hold too, but orders the kernel's instructions worse.
   weight.template load<false>(extent, group);
   if (CLUSTER) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
   for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {

@@ -202,11 +202,11 @@ template <class T, Norm norm, int VECS, class E, class G>
 __device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
                                   const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
   // Rows in blocks gain nothing from a path of their own for a weight alone.
-  constexpr bool kAlone = E::kWhole && norm != Norm::rms && G::kInWarp;
+  constexpr bool kWeightAlone = E::kWhole && norm != Norm::rms && G::kInWarp;
   if (E::kWhole && args.plain)
     write_output<E::kWhole, norm != Norm::rms>(x, shift, rstd, args, row, begin, group);
-  else if (kAlone && args.plain_weight)
-    write_output<kAlone, false>(x, shift, rstd, args, row, begin, group);
+  else if (kWeightAlone && args.plain_weight)
+    write_output<kWeightAlone, false>(x, shift, rstd, args, row, begin, group);
   else
     write_output<false, true>(x, shift, rstd, args, row, begin, group);
 }
@@ -356,6 +356,7 @@ struct __align__(16) ForwardShared {
   GroupScratch<A> scratch;
   SliceMoments<A> moments[kMaxStagedSlices];
 };
+static_assert(sizeof(ForwardShared<double>) <= kReservedShared, "the plan leaves room for it");
 
 // A row a cluster of args.cluster blocks (one is enough for what its shared memory holds), whose blocks take slices in
 // turn. A thread finds in shared memory only what it has put there itself; only the moments are shared.

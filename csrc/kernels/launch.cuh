@@ -66,8 +66,9 @@ ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   const RowMap dense = RowMap::contiguous(p.rows, p.cols);
   a.wide_params = kNarrow<T> && p.param_dtype == accumulate_type(p.dtype);
   a.wide_output = kNarrow<T> && p.output_dtype == accumulate_type(p.dtype);
-  a.plain_weight = p.weight && !p.bias && !a.wide_params && !a.wide_output;
-  a.plain = p.norm == Norm::rms ? a.plain_weight : p.weight && p.bias && !a.wide_params && !a.wide_output;
+  const bool narrow = p.weight && !a.wide_params && !a.wide_output;
+  a.plain = narrow && !p.bias == (p.norm == Norm::rms);
+  a.plain_weight = narrow && !p.bias;
   a.output_aligned = is_aligned(p.output, dense, p.rows, size_of(p.output_dtype));
   a.inverse_cols = 1.0 / double(p.cols);
   a.slice_cols = plan.slice_cols;
