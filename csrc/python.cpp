@@ -179,13 +179,15 @@ py::dict build_info() {
   return info;
 }
 
-py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool backward, int arch, int sm_count) {
+py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool backward, int arch, int sm_count,
+                     bool aligned) {
   const DType type = dtype == "float64"   ? DType::f64
                      : dtype == "float32" ? DType::f32
                      : dtype == "float16" ? DType::f16
                                           : DType::bf16;
   const DeviceTraits device{arch, sm_count};
-  const Plan plan = backward ? plan_backward(rows, cols, type, device) : plan_forward(rows, cols, type, device);
+  const Plan plan =
+      backward ? plan_backward(rows, cols, type, device, aligned) : plan_forward(rows, cols, type, device, aligned);
   py::dict d;
   d["tier"] = plan.tier->name;
   d["threads"] = plan.threads;
@@ -195,6 +197,7 @@ py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool 
   d["blocks"] = plan.blocks_x * plan.blocks_y;
   d["blocks_per_row"] = plan.cluster;
   d["shared_memory"] = plan.shared;
+  d["whole_packs"] = plan.whole;
   d["slices"] = plan.slices;
   d["partials"] = plan.partials;
   d["reason"] = plan.tier->reason;

@@ -43,6 +43,7 @@ class LaunchPlan(NamedTuple):
     blocks: int
     blocks_per_row: int  # of a cluster; else 1
     shared_memory: int  # for slices of rows, in bytes a block
+    whole_packs: bool  # rows begin and end with packs; others are read in aligned packs too, and shifted: the same bits
     slices: int  # of a row; 1 where a row is not cut
     partials: int  # backward: sets of weight and bias gradients that the second kernel folds
     reason: str
@@ -56,10 +57,12 @@ def launch_plan(
     direction: str = "forward",
     arch: str = "sm_90",
     sm_count: int = 132,
+    aligned: bool = True,
 ) -> LaunchPlan:
     """The plan for ``rows`` rows of ``cols`` elements on a GPU of ``arch`` with ``sm_count`` multiprocessors.
 
-    Needs no GPU. ``direction`` is "forward" or "backward"; ``arch`` is "sm_75" and so on.
+    Needs no GPU. ``direction`` is "forward" or "backward"; ``arch`` is "sm_75" and so on;
+    ``aligned``: every row of every array begins at a multiple of 16 bytes.
 
     Raises:
         ValueError: a size below 1, another direction, a dtype that no kernel takes, or a malformed ``arch``.
@@ -77,4 +80,5 @@ def launch_plan(
     if _ops._C is None:
         raise RuntimeError(f"launch_plan: the compiled module is missing: {_ops.load_error}")
     number = int(arch[3:].rstrip("af"))
-    return LaunchPlan(**_ops._C.launch_plan(rows, cols, names[dtype], direction == "backward", number, sm_count))
+    backward = direction == "backward"
+    return LaunchPlan(**_ops._C.launch_plan(rows, cols, names[dtype], backward, number, sm_count, aligned))

@@ -30,6 +30,22 @@ def test_a_row_is_shared_by_the_same_threads_in_any_batch(direction):
         assert len({(p.threads_per_row, p.packs_per_thread, p.slices) for p in plans}) == 1
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alignment_changes_the_kernel_but_not_how_a_row_is_shared(direction, dtype):
+    for cols in [16, 768, 1024, 4096, 100_000]:
+        plans = [lnc.launch_plan(4096, cols, dtype, direction=direction, aligned=aligned) for aligned in (True, False)]
+        assert [p.whole_packs for p in plans] == [True, False]
+        assert len({(p.threads_per_row, p.packs_per_thread, p.slices, p.partials) for p in plans}) == 1
+    assert not lnc.launch_plan(4096, 1001, dtype, direction=direction).whole_packs
+
+
+def test_forward_walks_whole_rows_and_gives_others_a_group_each():
+    # The next row is on its way only where rows are whole.
+    assert lnc.launch_plan(1 << 20, 1024, torch.float16).blocks < 132 * 16
+    assert lnc.launch_plan(1 << 20, 1024, torch.float16, aligned=False).blocks == (1 << 20) / 4
+
+
 def test_backward_partials_stay_within_two_percent():
     rows, cols = 8192, 4096
     for arch, sm_count in (("sm_70", 80), ("sm_80", 108), ("sm_90", 132)):

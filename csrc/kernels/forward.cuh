@@ -155,10 +155,14 @@ __device__ inline A rescue_scale(A variance) {
   return variance < A(1) ? Range<A>::kUp : Range<A>::kDown;  // what overflowed is not below anything
 }
 
-// 1 / sqrt(variance + eps) from both scaled, 0 for a row without either.
-template <class A>
-__device__ inline A rescued_rstd(A scaled_variance, A eps, A scale) {
-  const A v = scaled_variance + eps * scale * scale;
+// 1 / sqrt(m2 / cols + eps), 0 for a row without either. Where that leaves the range, again from scaled_m2(scale), the
+// squares of scaled deviations.
+template <class A, class F>
+__device__ inline A rstd_of(A m2, A inverse_cols, A eps, F scaled_m2) {
+  const A variance = m2 * inverse_cols + eps;
+  if (in_range(variance)) return inverse_sqrt(variance);
+  const A scale = rescue_scale(variance);
+  const A v = scaled_m2(scale) * inverse_cols + eps * scale * scale;
   return v == A(0) ? A(0) : scale * inverse_sqrt(v);
 }
 
@@ -247,14 +251,7 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
 
     const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
     const Moments<A> m = x.moments(p, args.even, inverse_cols, group);
-    const A variance = m.m2 * inverse_cols + eps;
-    A rstd;
-    if (in_range(variance)) {
-      rstd = inverse_sqrt(variance);
-    } else {
-      const A scale = rescue_scale(variance);
-      rstd = rescued_rstd(x.scaled_squares(m.mean, scale, group) * inverse_cols, eps, scale);
-    }
+    const A rstd = rstd_of(m.m2, inverse_cols, eps, [&](A scale) { return x.scaled_squares(m.mean, scale, group); });
     if (SIZE == kWarps) forget(group.rank);
     if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
     finish_row(x, m.mean, rstd, args, row, 0, group);
@@ -301,15 +298,8 @@ __device__ inline void merge_slices(const SliceMoments<A>* slices, const Forward
     return group.merge(m);
   };
   const Moments<A> m = merged(A(1));
-  const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
-  const A variance = m.m2 * inverse_cols + eps;
   shift = m.mean;
-  if (in_range(variance)) {
-    rstd = inverse_sqrt(variance);
-  } else {
-    const A scale = rescue_scale(variance);
-    rstd = rescued_rstd(merged(scale).m2 * inverse_cols, eps, scale);
-  }
+  rstd = rstd_of(m.m2, A(args.inverse_cols), A(p.eps), [&](A scale) { return merged(scale).m2; });
 }
 
 // Moments of slice blockIdx.x of row blockIdx.y + k * gridDim.y.

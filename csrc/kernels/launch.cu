@@ -30,6 +30,24 @@ const DeviceTraits& current_device_traits() {
 #endif
 }
 
+namespace {
+
+bool all_aligned(const ForwardParams& p) {
+  const RowMap dense = RowMap::contiguous(p.rows, p.cols);
+  const int64_t size = size_of(p.dtype);
+  return is_aligned(p.input, p.input_rows, p.rows, size) && is_aligned(p.residual, p.residual_rows, p.rows, size) &&
+         is_aligned(p.sum, dense, p.rows, size) && is_aligned(p.output, dense, p.rows, size_of(p.output_dtype));
+}
+
+bool all_aligned(const BackwardParams& p) {
+  const int64_t size = size_of(p.dtype);
+  return is_aligned(p.grad_output, p.grad_output_rows, p.rows, size_of(p.output_dtype)) &&
+         is_aligned(p.grad_sum, p.grad_sum_rows, p.rows, size) && is_aligned(p.input, p.input_rows, p.rows, size) &&
+         is_aligned(p.grad_input, RowMap::contiguous(p.rows, p.cols), p.rows, size);
+}
+
+}  // namespace
+
 int64_t forward_workspace(const ForwardParams& p, const DeviceTraits& device) {
   const Plan plan = plan_forward(p.rows, p.cols, p.dtype, device);
   return plan.is("slices") ? 2 * p.rows * plan.slices * size_of(accumulate_type(p.dtype)) : 0;
@@ -42,7 +60,7 @@ int64_t backward_workspace(const BackwardParams& p, const DeviceTraits& device) 
 }
 
 cudaError_t forward(const ForwardParams& p, const DeviceTraits& device, cudaStream_t stream) {
-  const Plan plan = plan_forward(p.rows, p.cols, p.dtype, device);
+  const Plan plan = plan_forward(p.rows, p.cols, p.dtype, device, all_aligned(p));
   switch (p.dtype) {
     case DType::f32:
       return launch_forward<float>(p, plan, stream);
@@ -57,7 +75,7 @@ cudaError_t forward(const ForwardParams& p, const DeviceTraits& device, cudaStre
 }
 
 cudaError_t backward(const BackwardParams& p, const DeviceTraits& device, cudaStream_t stream) {
-  const Plan plan = plan_backward(p.rows, p.cols, p.dtype, device);
+  const Plan plan = plan_backward(p.rows, p.cols, p.dtype, device, all_aligned(p));
   const bool wide = p.output_dtype != p.dtype;
   switch (p.dtype) {
     case DType::f32:

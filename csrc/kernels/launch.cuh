@@ -50,26 +50,17 @@ inline dim3 grid_of(const Plan& plan) {
 // x counts the threads of a row, y the rows.
 inline dim3 block_of(const Plan& plan) { return dim3(plan.threads_per_row, plan.rows_per_block); }
 
-// Whether the rows can go to a kernel for whole packs: see Extent.
-template <class T>
-bool is_whole(const Plan& plan, int64_t cols) {
-  const int vecs = plan.tier->vecs;
-  const int64_t sure = plan.slices > 1 ? 0 : sure_packs(vecs);
-  return cols % kPack<T> == 0 && cols / kPack<T> >= sure * plan.threads_per_row;
-}
-
 template <class T>
 ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   ForwardArgs a{};
   a.p = p;
   a.even = int64_t(plan.threads_per_row) * plan.tier->vecs * kPack<T> == p.cols;
-  const RowMap dense = RowMap::contiguous(p.rows, p.cols);
   a.wide_params = kNarrow<T> && p.param_dtype == accumulate_type(p.dtype);
   a.wide_output = kNarrow<T> && p.output_dtype == accumulate_type(p.dtype);
   const bool narrow = p.weight && !a.wide_params && !a.wide_output;
   a.plain = narrow && !p.bias == (p.norm == Norm::rms);
   a.plain_weight = narrow && !p.bias;
-  a.output_aligned = is_aligned(p.output, dense, p.rows, size_of(p.output_dtype));
+  a.output_aligned = is_aligned(p.output, RowMap::contiguous(p.rows, p.cols), p.rows, size_of(p.output_dtype));
   a.inverse_cols = 1.0 / double(p.cols);
   a.slice_cols = plan.slice_cols;
   a.slices = plan.slices;
@@ -81,10 +72,8 @@ template <class T, Norm norm, bool WHOLE>
 cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
   constexpr bool wide = sizeof(T) >= 4;  // the tiers of 6 and 8 packs are for these
   const int vecs = plan.tier->vecs;
-  dim3 grid = grid_of(plan);
-  if (!WHOLE && plan.is("warp")) grid.x = static_cast<unsigned>(ceil_div(args.p.rows, plan.rows_per_block));
   auto launch = [&](void (*kernel)(ForwardArgs), int64_t shared = 0) {
-    return launch_kernel(kernel, grid, block_of(plan), stream, args, shared, plan.cluster);
+    return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, shared, plan.cluster);
   };
   if (plan.is("staged") || plan.is("cluster")) {
     const int64_t shared = sizeof(ForwardShared<Accumulate<T>>) + plan.shared;
@@ -119,21 +108,12 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
   return cudaErrorInvalidConfiguration;
 }
 
-template <class T, Norm norm>
-cudaError_t launch_forward_norm(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
-  const ForwardArgs args = forward_args<T>(p, plan);
-  const RowMap dense = RowMap::contiguous(p.rows, p.cols);
-  const bool aligned = is_aligned(p.input, p.input_rows, p.rows, sizeof(T)) &&
-                       is_aligned(p.residual, p.residual_rows, p.rows, sizeof(T)) &&
-                       is_aligned(p.sum, dense, p.rows, sizeof(T)) && args.output_aligned;
-  return aligned && is_whole<T>(plan, p.cols) ? launch_forward_rows<T, norm, true>(args, plan, stream)
-                                              : launch_forward_rows<T, Norm::any, false>(args, plan, stream);
-}
-
 template <class T>
 cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
-  return p.norm == Norm::layer ? launch_forward_norm<T, Norm::layer>(p, plan, stream)
-                               : launch_forward_norm<T, Norm::rms>(p, plan, stream);
+  const ForwardArgs args = forward_args<T>(p, plan);
+  if (!plan.whole) return launch_forward_rows<T, Norm::any, false>(args, plan, stream);
+  return p.norm == Norm::layer ? launch_forward_rows<T, Norm::layer, true>(args, plan, stream)
+                               : launch_forward_rows<T, Norm::rms, true>(args, plan, stream);
 }
 
 template <class T, class D>
@@ -197,20 +177,6 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
   return cudaErrorInvalidConfiguration;
 }
 
-// Whole rows with a weight of their own type are the usual case; the others share kernels that take anything.
-template <class T, class D, Norm norm>
-cudaError_t launch_backward_norm(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  if constexpr (std::is_same<T, D>::value) {
-    const BackwardParams& p = args.p;
-    const bool aligned = args.grad_output_aligned && is_aligned(p.input, p.input_rows, p.rows, sizeof(T)) &&
-                         is_aligned(p.grad_sum, p.grad_sum_rows, p.rows, sizeof(T)) &&
-                         is_aligned(p.grad_input, RowMap::contiguous(p.rows, p.cols), p.rows, sizeof(T));
-    if (aligned && p.weight && !args.wide_params && is_whole<T>(plan, p.cols))
-      return launch_backward_rows<T, D, norm, true>(args, plan, stream);
-  }
-  return launch_backward_rows<T, D, Norm::any, false>(args, plan, stream);
-}
-
 template <class A, class P>
 cudaError_t launch_fold(const BackwardArgs& args, cudaStream_t stream) {
   auto launch = [&](void (*kernel)(BackwardArgs), int columns) {
@@ -222,12 +188,19 @@ cudaError_t launch_fold(const BackwardArgs& args, cudaStream_t stream) {
   return packs ? launch(fold_partials<A, P, M>, M) : launch(fold_partials<A, P, 1>, 1);
 }
 
+// Whole rows with a weight of their own type are the usual case; the others share kernels that take anything.
 template <class T, class D>
 cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
   using A = Accumulate<T>;
   const BackwardArgs args = backward_args<T, D>(p, plan);
-  const cudaError_t status = p.norm == Norm::layer ? launch_backward_norm<T, D, Norm::layer>(args, plan, stream)
-                                                   : launch_backward_norm<T, D, Norm::rms>(args, plan, stream);
+  auto launch_rows = [&] {
+    if constexpr (std::is_same<T, D>::value)
+      if (plan.whole && p.weight && !args.wide_params)
+        return p.norm == Norm::layer ? launch_backward_rows<T, D, Norm::layer, true>(args, plan, stream)
+                                     : launch_backward_rows<T, D, Norm::rms, true>(args, plan, stream);
+    return launch_backward_rows<T, D, Norm::any, false>(args, plan, stream);
+  };
+  const cudaError_t status = launch_rows();
   if (status != cudaSuccess || !args.param_grads) return status;
   return p.param_dtype == p.dtype ? launch_fold<A, T>(args, stream) : launch_fold<A, A>(args, stream);
 }

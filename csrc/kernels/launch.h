@@ -20,6 +20,14 @@ inline int64_t partials_bytes(const BackwardParams& p, const Plan& plan) {
   return ceil_div(2 * plan.partials * p.cols * size_of(accumulate_type(p.dtype)), 16) * 16;
 }
 
+// Whether every row of an array begins at a multiple of 16 bytes; yes where there is no array.
+inline bool is_aligned(const void* p, const RowMap& map, int64_t rows, int64_t size) {
+  auto multiple = [](int64_t bytes) { return bytes % 16 == 0; };
+  return !p || (multiple(reinterpret_cast<intptr_t>(p)) &&
+                (rows == 1 || map.inner == 1 || multiple(map.inner_stride * size)) &&
+                (rows <= map.inner || multiple(map.outer_stride * size)));
+}
+
 // One of these a data type: each in a translation unit of its own, so that they compile side by side.
 template <class T>
 cudaError_t launch_forward(const ForwardParams&, const Plan&, cudaStream_t);

@@ -3,6 +3,7 @@
 // changes how bytes travel and never which thread adds what to what.
 #pragma once
 #include "params.h"
+#include "plan.h"
 #include "platform.cuh"
 
 namespace lnc {
@@ -210,14 +211,6 @@ __device__ inline int64_t row_offset(const RowMap& map, int64_t row) {
   return r / inner * map.outer_stride + r % inner * map.inner_stride;
 }
 
-// Whether every row of an array begins at a multiple of 16 bytes; yes where there is no array.
-inline bool is_aligned(const void* p, const RowMap& map, int64_t rows, int64_t size) {
-  auto multiple = [](int64_t bytes) { return bytes % 16 == 0; };
-  return !p || (multiple(reinterpret_cast<intptr_t>(p)) &&
-                (rows == 1 || map.inner == 1 || multiple(map.inner_stride * size)) &&
-                (rows <= map.inner || multiple(map.outer_stride * size)));
-}
-
 template <class G>
 __device__ inline uint4 shuffle_up(const uint4& v, const G& group) {
   return make_uint4(__shfl_up_sync(group.mask, v.x, 1, G::kWidth), __shfl_up_sync(group.mask, v.y, 1, G::kWidth),
@@ -288,8 +281,6 @@ struct Extent {
   }
 };
 
-// Of a thread's VECS packs, those that every whole row has which the plan gives to the kernel.
-constexpr int sure_packs(int vecs) { return vecs < 4 ? vecs - 1 : vecs - 2; }
 template <int VECS, bool WHOLE>
 constexpr int kSurePacks = WHOLE ? sure_packs(VECS) : 0;
 

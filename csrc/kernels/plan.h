@@ -97,6 +97,7 @@ struct Plan {
   int64_t blocks_x, blocks_y;
   int64_t slice_cols, slices;  // of a row
   int cluster;                 // blocks that share a row
+  bool whole;                  // rows begin and end with packs: for the kernels that take these only
   int64_t shared;              // bytes of shared memory for slices of rows: forward's use, backward's most
   int64_t partials;            // backward: how many sets of weight and bias gradients the second kernel folds
   bool is(const char* name) const;
@@ -108,6 +109,14 @@ constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr bool same_name(const char* a, const char* b) { return *a == *b && (!*a || same_name(a + 1, b + 1)); }
 inline bool Plan::is(const char* name) const { return same_name(tier->name, name); }
+
+// Of a thread's packs, those that every row has which goes to the kernels for whole ones.
+constexpr int sure_packs(int vecs) { return vecs < 4 ? vecs - 1 : vecs - 2; }
+
+inline bool is_whole(const Plan& plan, int64_t cols, int64_t element) {
+  const int64_t pack = 16 / element, sure = plan.slices > 1 ? 0 : sure_packs(plan.tier->vecs);
+  return cols % pack == 0 && cols / pack >= sure * plan.threads_per_row;
+}
 
 // A row's division; a row of several slices takes whole blocks.
 inline Plan lay_out(const Tier* tier, int64_t cols, int64_t element) {
@@ -148,12 +157,14 @@ constexpr int forward_threads(int group, int vecs, int pack) {
   return registers > 56 ? 384 : registers > 48 ? 512 : registers > 36 ? 640 : registers > 20 ? 768 : 1024;
 }
 
-inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
+// aligned: every row of every array begins at a multiple of 16 bytes.
+inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device, bool aligned = true) {
   return choose(kForwardTiers, cols, dtype, device.tier, [&](Plan& plan) {
     plan.threads = plan.tier->group == kWholeWarps ? plan.threads_per_row : plan.tier->threads;
     plan.rows_per_block = plan.threads / plan.threads_per_row;
     plan.blocks_x = ceil_div(rows, plan.rows_per_block), plan.blocks_y = 1;
-    if (plan.is("warp") && dtype != DType::f64) {
+    plan.whole = aligned && is_whole(plan, cols, size_of(dtype));
+    if (plan.is("warp") && plan.whole && dtype != DType::f64) {
       const int threads = forward_threads(plan.tier->group, plan.tier->vecs, 16 / size_of(dtype));
       plan.blocks_x = at_most(plan.blocks_x, threads / plan.threads * device.sm_count);
     }
@@ -180,7 +191,7 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTr
   });
 }
 
-inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device) {
+inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceTraits& device, bool aligned = true) {
   const int64_t pack = 16 / size_of(dtype);
   return choose(kBackwardTiers, cols, dtype, device.tier, [&](Plan& plan) {
     plan.threads = plan.threads_per_row;
@@ -216,6 +227,7 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceT
         plan.shared = shared_memory(device.arch) - kReservedShared;
       }
     }
+    plan.whole = aligned && is_whole(plan, cols, size_of(dtype));
     return true;
   });
 }

@@ -58,8 +58,9 @@ void time_roof(const Options& o, int64_t bytes) {
 
 // The plan that the launchers will follow; refuses where the tier asked for cannot hold the row.
 Plan announce(const Options& o, const DeviceTraits& device) {
-  const Plan plan =
-      o.backward ? plan_backward(o.rows, o.cols, o.dtype, device) : plan_forward(o.rows, o.cols, o.dtype, device);
+  const bool aligned = o.misalign * size_of(o.dtype) % 16 == 0;
+  const Plan plan = o.backward ? plan_backward(o.rows, o.cols, o.dtype, device, aligned)
+                               : plan_forward(o.rows, o.cols, o.dtype, device, aligned);
   if (!o.tier.empty() && o.tier != plan.tier->name)
     refuse("no tier " + o.tier + " holds a row of " + std::to_string(o.cols) + "; --list-tiers lists them");
   std::printf("%s %lld x %lld %s, sm_%d with %d multiprocessors: tier %s (%s), %lld x %lld blocks of %d threads\n",
