@@ -1,7 +1,7 @@
 """The CUDA kernels as nvcc compiles them: object files, and the standalone program linked from them.
 
-Where the extension has just been built for CUDA, its own objects are used; otherwise `make standalone` compiles for
-one architecture into build/nvcc. With LNC_FULL=1 all that have PTX of their own are compiled, and all is looked at.
+Where the extension has just been built for CUDA, its own objects are used; what these lack `make standalone` compiles
+into build/nvcc. The PTX of every architecture is executed; of the machine code a part is looked at, with LNC_FULL=1 all.
 """
 
 import contextlib
@@ -75,8 +75,9 @@ def extension_objects():
 
 @functools.cache
 def _made(arch):
-    """The folder in which make has built the program for one architecture, PTX and machine code."""
-    flags = f"-gencode arch=compute_{arch},code=[compute_{arch},sm_{arch}] --cudart shared {STRICT}"
+    """The folder in which make has built the program for one architecture: PTX, and machine code if it is looked at."""
+    kinds = f"[compute_{arch},sm_{arch}]" if arch in _looked_at() else f"compute_{arch}"
+    flags = f"-gencode arch=compute_{arch},code={kinds} --cudart shared {STRICT}"
     folder = OUTPUT / f"sm_{arch}"
     jobs = len(os.sched_getaffinity(0))
     with _alone():
@@ -108,9 +109,9 @@ def _extension_ptx():
     return frozenset.intersection(*(frozenset(re.findall(r"sm_(\d+)\.ptx", text)) for text in listed))
 
 
-def ptx_archs():
-    """The architectures whose PTX the tests execute."""
-    return [arch for arch in ARCHS if FULL or arch in (_extension_ptx() or ("80",))]
+def _looked_at():
+    """The architectures that are compiled to machine code here; none where the extension's objects have it."""
+    return () if extension_objects() else ARCHS if FULL else ("80",)
 
 
 def program(arch):
@@ -122,4 +123,4 @@ def objects():
     """Object files with machine code."""
     if extension_objects():
         return extension_objects()
-    return [path for arch in ptx_archs() for path in sorted((_made(arch) / "kernels").glob("*.o"))]
+    return [path for arch in _looked_at() for path in sorted((_made(arch) / "kernels").glob("*.o"))]
