@@ -1,7 +1,8 @@
 """The CUDA kernels as nvcc compiles them: object files, and the standalone program linked from them.
 
 Where the extension has just been built for CUDA, its own objects are used; what these lack `make standalone` compiles
-into build/nvcc. The PTX of every architecture is executed; of the machine code a part is looked at, with LNC_FULL=1 all.
+into build/nvcc. The PTX of every architecture is executed; of the machine code a part is looked at, or with LNC_FULL=1
+all of it.
 """
 
 import contextlib
