@@ -139,6 +139,15 @@ def test_what_native_takes_is_taken():
     assert lnc.layer_norm(X, (4,), eps=float("nan")).isnan().all()
 
 
+@pytest.mark.parametrize("eps", [-1e-5, -0.5, -10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_nothing_below_zero_has_a_root(norm, dtype, eps):
+    x = torch.cat([X, X * 1e-4, X * 0]).to(dtype)
+    ours, native = getattr(lnc, norm)(x, (4,), eps=eps), getattr(F, norm)(x, (4,), eps=eps)
+    assert torch.equal(ours.isnan(), native.isnan()) and native.isnan().any()
+
+
 def test_nothing_is_written():
     """Neither inputs nor anything beside them, by a call that raises."""
     x, w, b = torch.randn(3, 4), torch.randn(3), torch.randn(4)

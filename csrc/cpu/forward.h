@@ -190,9 +190,10 @@ class Forward {
   Terms finish(int64_t row, A pivot, const Moments& m) const {
     constexpr double largest = sizeof(A) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
     constexpr double tiny = sizeof(A) == 8 ? 1e-240 : 1e-30, scale = sizeof(A) == 8 ? 0x1p500 : 0x1p100;
-    const Terms t = !(m.squares <= largest)                    ? rescued(row, pivot, 1 / scale)
-                    : m.squares * inverse_count + p.eps < tiny ? rescued(row, pivot, scale)
-                                                               : terms_of(pivot, m, 1);
+    const double variance = m.squares * inverse_count + p.eps;  // below zero only for an eps below zero: NaN, as native
+    const Terms t = !(m.squares <= largest)               ? rescued(row, pivot, 1 / scale)
+                    : variance < tiny && variance > -tiny ? rescued(row, pivot, scale)
+                                                          : terms_of(pivot, m, 1);
     if (p.stats) {
       A* stats = static_cast<A*>(p.stats);
       if (N == Norm::layer) stats[row] = t.shift;
