@@ -12,6 +12,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
 #include <torch/csrc/utils/python_symnode.h>
+#include <torch/version.h>
 
 #include "autograd.h"
 #include "cpu/cpu.h"
@@ -116,11 +117,15 @@ std::optional<c10::SmallVector<int64_t, 4>> plain_sizes(PyObject* object) {
   return sizes;
 }
 
-// The number, or for None, which rms_norm knows, the machine epsilon of the type that is computed in.
+// The number, or for None, which rms_norm knows, the machine epsilon of the type that is computed in. What PyTorch took
+// before 2.7 is left to Python.
 std::optional<double> plain_eps(PyObject* eps, bool rms, const Tensor& input, const OptionalTensor& residual) {
   if (PyFloat_Check(eps)) return PyFloat_AS_DOUBLE(eps);
   if (PyLong_CheckExact(eps)) return THPUtils_unpackDouble(eps);
   if (eps != Py_None || !rms) return std::nullopt;
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 7
+  return std::nullopt;
+#endif
   const bool wide = input.scalar_type() == at::kDouble || (residual && residual->scalar_type() == at::kDouble);
   return wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
 }

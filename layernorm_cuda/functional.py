@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _extension, _ops
 from .functions import NormFunction, apply
-from .reference import accumulate_dtype
+from .reference import accumulate_dtype, default_eps
 
 _DEVICES = _ops.device_types()
 _HALF = (torch.float16, torch.bfloat16)
@@ -67,7 +67,7 @@ def rms_norm(
 
     ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang, Sennrich 2019, https://arxiv.org/abs/1910.07467). Arguments,
     result and errors are those of :func:`layer_norm`; ``eps=None`` is the machine epsilon of the dtype computed in:
-    float64's for float64, float32's for all others, as in PyTorch.
+    float64's for float64, float32's for all others, as in PyTorch (before torch 2.7, there and here, ``input``'s own).
     """
     output = None if is_compiling() else _ops.norm(input, None, normalized_shape, weight, None, eps, True, None)
     if output is not None:
@@ -185,7 +185,7 @@ def _rms_eps(input, eps, residual=None):
     if eps is not None:
         return eps
     dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
-    return torch.finfo(accumulate_dtype(dtype)).eps
+    return default_eps(dtype)
 
 
 def _is_ours(input):

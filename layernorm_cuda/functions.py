@@ -373,7 +373,7 @@ class RMSNormFunction(NormFunction):
 
     @classmethod
     def apply(cls, input, normalized_shape, weight=None, eps=None):
-        eps = torch.finfo(reference.accumulate_dtype(input.dtype)).eps if eps is None else eps
+        eps = reference.default_eps(input.dtype) if eps is None else eps
         return apply(NormFunction, input, None, normalized_shape, weight, None, eps, True, True, None)[0]
 
 

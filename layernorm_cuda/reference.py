@@ -14,6 +14,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def default_eps(dtype: torch.dtype) -> float:
+    """What ``eps=None`` means to ``rms_norm``: the machine epsilon of the dtype computed in, before torch 2.7 of
+    ``dtype`` itself."""
+    own = dtype.is_floating_point and torch.__version__ < (2, 7)
+    return torch.finfo(dtype if own else accumulate_dtype(dtype)).eps
+
+
 def _rows(t: torch.Tensor, normalized_shape) -> torch.Tensor:
     leading = t.shape[: t.dim() - len(normalized_shape)]
     return t.reshape(math.prod(leading), math.prod(normalized_shape)).to(accumulate_dtype(t.dtype)).contiguous()

@@ -53,6 +53,8 @@ def data_parallel(model, mesh):
 
 @pytest.mark.parametrize("wrap", [data_parallel, sharded, sequence_parallel])
 def test_wrapped(wrap, mesh):
+    if wrap is sharded and torch.__version__ < (2, 7):
+        pytest.skip("before torch 2.7 fully_shard needs a GPU")
     ours, native = (step(wrap(model, mesh)) for model in models())
     torch.testing.assert_close(ours, native)
 

@@ -89,7 +89,9 @@ def test_raises_what_native_raises(norm, args, says):
             for a in args
         ]
         ours = raised(getattr(lnc, norm), given)
-        assert isinstance(ours, type(native)), f"{ours!r} where native raises {native!r}"
+        # Older PyTorch has one type for all of rms_norm's errors: for too few dimensions ours is today's.
+        older = norm == "rms_norm" and torch.__version__ < (2, 13) and isinstance(ours, ValueError)
+        assert isinstance(ours, type(native)) or older, f"{ours!r} where native raises {native!r}"
         message = str(ours)
         if says:
             assert message.startswith(f"{norm}: "), message

@@ -66,6 +66,8 @@ def test_torchscript_script():
 @pytest.mark.parametrize(("kind", "dynamo"), [(model, True), (AddNorm, True), (AddNorm, False)])
 def test_onnx(kind, dynamo, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: PyTorch exports no ONNX without it")
+    if dynamo and torch.__version__ < (2, 8):
+        pytest.skip("before torch 2.8 nothing tells a module that this exporter runs: our operator stands in its graph")
     from onnx.reference import ReferenceEvaluator
 
     module, x, file = kind().eval(), torch.randn(3, 8), str(tmp_path / "model.onnx")

@@ -188,6 +188,8 @@ def test_saved_and_restored(name):
 
 @pytest.mark.parametrize("name", ["GPT-2", "T5"])
 def test_compiled(name):
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("transformers asks torch.compiler.is_exporting, which came with torch 2.7")
     ours = MODELS[name](layers=1).eval()
     lnc.replace_norms(ours)
     inputs = {key: value for key, value in batch().items() if key != "attention_mask"}

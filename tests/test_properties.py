@@ -80,7 +80,7 @@ def test_forward_and_backward(p):
         native = (
             F.rms_norm(x, normalized_shape, w, p["eps"]) if rms else F.layer_norm(x, normalized_shape, w, b, p["eps"])
         )
-        torch.testing.assert_close(y, native, check_stride=True)
+        torch.testing.assert_close(y, native, check_stride=not rms or torch.__version__ >= (2, 13))
 
     wanted = [(t, want) for t, want in zip((x, w, b), grads_true, strict=True) if t is not None and t.requires_grad]
     assert y.requires_grad == bool(wanted)

@@ -86,6 +86,8 @@ def test_parameters(norm, dtypes, weight, bias, device):
         assert y.dtype == x.dtype
         grads = gradients(y, (x, w, b), dy)
         check_against_truth(y, grads, *arguments, rms)
+        if rms and dtypes[0] != dtypes[1] and torch.__version__ < (2, 7):
+            continue  # it multiplied by the weight outside, for an output of the wider dtype
         if dtypes[0] == dtypes[1] or (dtypes[1] == F32 and dtypes[0] in (F16, BF16) and device == "cpu"):
             torch.testing.assert_close(y, call(native, rms, x, shape, w, b))
 
@@ -236,7 +238,9 @@ def test_empty(norm, case, device):
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=cases.name)
 @pytest.mark.parametrize("norm", NORMS)
 def test_autocast_result_dtype(norm, dtype, device):
-    ours, native, _ = NORMS[norm]
+    ours, native, rms = NORMS[norm]
+    if rms and dtype != F32 and torch.__version__ < (2, 7):
+        pytest.skip("before torch 2.7 rms_norm's output took the weight's dtype")
     x, w = torch.randn(3, 8, device=device, dtype=dtype), torch.ones(8, device=device)
     with torch.autocast(device, dtype=BF16):
         y = ours(x, (8,), w)
