@@ -29,7 +29,12 @@ class Subclass(torch.Tensor):
         dict(weight=torch.nn.Parameter(W)),
         dict(weight=None, bias=None),
         dict(eps=0),
-        dict(eps=None, rms=True, bias=None),
+        pytest.param(
+            dict(eps=None, rms=True, bias=None),
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 7), reason="Python knows the default eps of older PyTorch"
+            ),
+        ),
         dict(input=X.to(BF16), dtype=torch.float32),
         dict(residual=X),
     ],
