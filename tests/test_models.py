@@ -110,7 +110,7 @@ def test_bfloat16(name):
     found, grads = gradients(ours, **batch())
     truth, right = gradients(wide, **batch())
     assert found.logits.dtype == expected.logits.dtype
-    assert distance(found.logits, expected.logits) < 6e-2
+    assert distance(found.logits, expected.logits) < 4e-2
     assert distance(found.loss, expected.loss) < 1e-2
     assert distance(found.logits, truth.logits) < 1.3 * distance(expected.logits, truth.logits) + 2**-8
     keys = [key for key in grads if not key.endswith(("key.bias", "k_proj.bias"))]
@@ -128,8 +128,8 @@ def test_ten_steps_of_training(name):
         torch.manual_seed(1)
         optimizer = torch.optim.AdamW(model.train().parameters(), 1e-3)
         curve = []
-        for _ in range(10):
-            loss = model(**batch()).loss
+        for step in range(10):
+            loss = model(**batch(step % 9)).loss  # the last is the first again: it has to be learnt by then
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
