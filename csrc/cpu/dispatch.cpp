@@ -60,8 +60,9 @@ void will_write(void* p, int64_t bytes) {
   // What is smaller holds hardly a huge page, and mostly comes from memory that malloc has kept.
   constexpr int64_t huge = 2 << 20, much = 4 << 20;
   if (bytes < much) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(p) + huge - 1) / huge * huge;
-  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / huge * huge;
+  // Whole huge pages around it: at either end one of them spares up to 511 faults.
+  const auto begin = reinterpret_cast<uintptr_t>(p) / huge * huge;
+  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes + huge - 1) / huge * huge;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing, it changes nothing
 #else
   (void)p, (void)bytes;
