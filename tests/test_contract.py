@@ -34,7 +34,7 @@ def relative(actual, truth):
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0, -37.5, 1e3, 1e4, -1e5, 1e6])
+@pytest.mark.parametrize("offset", [0.0, 0.5, 0.95, -1.05, 1.0, 1.95, -2.05, 3.0, -37.5, 1e3, 1e4, -1e5, 1e6])
 def test_offset(offset, device):
     x = (torch.randn(6, COLS) + offset).to(device)
     expected = truth(x, (COLS,))[0]
@@ -50,6 +50,15 @@ def test_offset_at_every_row_length(cols, offset, device):
     x = (torch.randn(3, cols) + offset).to(device)
     expected = truth(x, (cols,))[0]
     assert (normalise(lnc.layer_norm, x).double() - expected).abs().max() < cases.OFFSET_ERROR
+
+
+def test_offset_of_all_but_the_first_elements(device):
+    """Nor is what a row begins with taken for what it is."""
+    x = torch.randn(6, COLS) + 1e3
+    x[:, :8] = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0, 3.0, -3.0, 4.0])
+    x[3:, 0] = 1e3
+    x = x.to(device)
+    assert relative(normalise(lnc.layer_norm, x), truth(x, (COLS,))[0]) < cases.OFFSET_ERROR / 4
 
 
 def test_offset_in_dx(device):

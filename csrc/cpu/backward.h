@@ -134,7 +134,7 @@ class Backward {
       if constexpr (N == Norm::layer) g_sums.v[u] = g_sums.v[u] + g;
       g_xhat_sums.v[u] = fma(g, keep(xhat, where), g_xhat_sums.v[u]);
     });
-    return {static_cast<double>(g_sums.total()), static_cast<double>(g_xhat_sums.total())};
+    return {g_sums.total(), g_xhat_sums.total()};
   }
 
   // Columns [begin, end) of a block of rows: dx, and what the rows add to the weight and bias gradients.

@@ -11,11 +11,17 @@ class Forward {
   using V = typename Computed<T>::Vector;
   static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
-  // Deviations from the pivot are kept where they cost more than a second read,
+  // Deviations from the pivot are kept where they cost more than a second read.
   static constexpr bool kKeeps = N == Norm::layer && !std::is_same_v<T, A>;
 
+  // At a chunk's deviations from a pivot: their mean, and the sum of their squares.
+  struct Look {
+    double mean, squares;
+  };
+
   struct Terms {
-    A pivot, shift, rstd;
+    A pivot, rstd, offset;  // xhat = (x - pivot) * rstd + offset
+    double mean;            // of deviations from the pivot
   };
 
   const ForwardParams& p;
@@ -45,26 +51,33 @@ class Forward {
   void run_by_rows(int64_t begin, int64_t end) const {
     constexpr int64_t kMax = ForwardPlan::kMaxGroup;
     alignas(64) A kept[kChunk];
-    A pivots[kMax], means[kMax];
+    A pivots[kMax];
+    Look looks[kMax];
     Terms terms[kMax];
     const int64_t stride = padded(p.cols);
     for (int64_t first = begin; first < end; first += plan.group) {
       const int64_t rows = end - first < plan.group ? end - first : plan.group;
-      for (int64_t r = 0; r < rows; r++) pivots[r] = pivot(first + r);
       if (plan.chunks > 1) {
-        const auto moments = [&](int64_t c) { return moments_of(first, c, pivots[0], kept); };
-        const Terms t = finish(first, pivots[0], pairwise(0, plan.chunks, moments));
-        normalise(first, 0, p.cols, t, again(first, 0, pivots[0]));
+        const A about = pivot(first);
+        const auto moments = [&](int64_t c) { return moments_of(first, c, about, kept); };
+        const Terms t = finish(first, about, pairwise(0, plan.chunks, moments));
+        normalise(first, 0, p.cols, t, again(first, 0, about));
         continue;
       }
-      for (int64_t r = 0; r < rows; r++) means[r] = first_look(first + r, 0, pivots[r], kept + r * stride);
-      for (int64_t r = 0; r < rows; r++)
-        terms[r] = finish(first + r, pivots[r], second_look(first + r, 0, pivots[r], kept + r * stride, means[r]));
+      for (int64_t r = 0; r < rows; r++) {
+        const bool zero = N == Norm::rms || is_about_zero(first + r);
+        pivots[r] = zero ? 0 : pivot(first + r);
+        looks[r] = zero ? first_look<false>(first + r, 0, 0, kept + r * stride)
+                        : first_look<true>(first + r, 0, pivots[r], kept + r * stride);
+      }
+      for (int64_t r = 0; r < rows; r++) terms[r] = terms_of(first + r, pivots[r], looks[r], kept + r * stride);
       for (int64_t r = 0; r < rows; r++)
         if (kKeeps || past_sum)
           normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride});
+        else if (terms[r].pivot == 0)
+          normalise(first + r, 0, p.cols, terms[r], Elements<V, T>{source(first + r)});
         else
-          normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, pivots[r]));
+          normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, terms[r].pivot));
     }
     if (plan.past) fence();
   }
@@ -108,6 +121,17 @@ class Forward {
     return read<A>(&v);
   }
 
+  // Whether zero looks like a pivot: of a row that is all on one side of it, eight elements hardly ever differ in sign.
+  LNC_INLINE bool is_about_zero(int64_t row) const {
+    constexpr int n = kLanes<V> > 8 ? kLanes<V> : 8;
+    if (p.cols < n) return false;
+    if (!p.residual) return has_both_signs(input(row));
+    T eight[n];
+    for (int i = 0; i < n; i += kLanes<V>)
+      store(eight + i, load<V>(input(row) + i, Full{}) + load<V>(residual(row) + i, Full{}), Full{});
+    return has_both_signs(eight);
+  }
+
   static LNC_INLINE V deviation(V v, V pivot) { return N == Norm::layer ? v - pivot : v; }
 
   // Deviations read from the row itself.
@@ -121,13 +145,14 @@ class Forward {
   };
   Again again(int64_t row, int64_t start, A pivot) const { return {source(row) + start, set<V>(pivot)}; }
 
-  // A chunk's mean deviation from the pivot. Adds the residual where there is one.
-  A first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
+  // Adds the residual where there is one.
+  template <bool Centred>
+  Look first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
     const int64_t start = chunk * kChunk, n = chunk_size(chunk);
     const V center = set<V>(pivot);
     const T* const x = input(row) + start;
     const auto keeping = [=](bool keeps, int64_t i, auto where, V v) LNC_LAMBDA {
-      v = deviation(v, center);
+      if constexpr (Centred) v = v - center;
       if (keeps) put(kept + i, v, where);
       return v;
     };
@@ -135,56 +160,87 @@ class Forward {
       const T* const r = residual(row) + start;
       T* const to = sum_row(row) + start;
       const bool past = past_sum;
-      return mean(n, [=](int64_t i, auto where, int) LNC_LAMBDA {
+      return look(n, [=](int64_t i, auto where) LNC_LAMBDA {
         const V v = load<V>(x + i, where) + load<V>(r + i, where);
         store(to + i, v, where, past);
         return keeping(kKeeps || past, i, where, rounded<T>(v));
       });
     }
-    if constexpr (N == Norm::rms) return 0;
-    return mean(
-        n, [=](int64_t i, auto where, int) LNC_LAMBDA { return keeping(kKeeps, i, where, load<V>(x + i, where)); });
-  }
-
-  // Its squared deviations from the mean.
-  LNC_INLINE Moments second_look(int64_t row, int64_t chunk, A pivot, const A* kept, A mean) const {
-    const int64_t n = chunk_size(chunk);
-    if (kKeeps || past_sum)
-      return moments(n, mean, Buffer<V, A>{kept});
-    else
-      return moments(n, mean, again(row, chunk * kChunk, pivot));
+    return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return keeping(kKeeps, i, where, load<V>(x + i, where)); });
   }
 
   Moments moments_of(int64_t row, int64_t chunk, A pivot, A* kept) const {
-    return second_look(row, chunk, pivot, kept, first_look(row, chunk, pivot, kept));
+    return moments_of(row, chunk, pivot, kept, first_look<N == Norm::layer>(row, chunk, pivot, kept));
   }
 
-  // Over deviations from the pivot: their mean, and their squared deviations from it.
-  template <class Values>
-  static LNC_INLINE A mean(int64_t n, const Values& values) {
-    Accumulators<V> sums;
-    sweep<V>(
-        n, [&](int64_t i, auto where, int u) LNC_LAMBDA { sums.v[u] = sums.v[u] + keep(values(i, where, u), where); });
-    return N == Norm::layer ? sums.total() / static_cast<A>(n) : A(0);
+  Moments moments_of(int64_t row, int64_t chunk, A pivot, const A* kept, const Look& first) const {
+    const int64_t n = chunk_size(chunk);
+    if (N == Norm::rms || is_near(n, first)) return moments(n, first);
+    if (kKeeps || past_sum)
+      return second_look(n, first.mean, Buffer<V, A>{kept});
+    else
+      return second_look(n, first.mean, again(row, chunk * kChunk, pivot));
   }
 
+  // Of a row of one chunk, after a first look.
+  LNC_INLINE Terms terms_of(int64_t row, A pivot, const Look& first, A* kept) const {
+    if (LNC_UNLIKELY(!is_near(p.cols, first))) return terms_of_far(row, pivot, first, kept);
+    const Terms t = scaled(pivot, moments(p.cols, first), 1);
+    save(row, t);
+    return t;
+  }
+
+  LNC_NOINLINE Terms terms_of_far(int64_t row, A pivot, const Look& first, A* kept) const {
+    if (N == Norm::rms || pivot != 0) return finish(row, pivot, moments_of(row, 0, pivot, kept, first));
+    pivot = this->pivot(row);
+    return finish(row, pivot, moments_of(row, 0, pivot, kept));
+  }
+
+  // Squares are summed in two levels: where all values lie on a coarse grid, as beside a large offset, the rounding
+  // errors of one long sum have one sign.
+  static constexpr int64_t kBlock = 512;
+
   template <class Values>
-  static Moments moments(int64_t n, A mean, const Values& values) {
-    const V about = set<V>(mean);
-    // In two levels: where all values lie on a coarse grid, as beside a large offset, the rounding errors of one long
-    // sum have one sign.
-    constexpr int64_t kBlock = 512;
+  static LNC_INLINE Look look(int64_t n, const Values& values) {
+    Accumulators<V> sums, squares;
+    for (int64_t start = 0; start < n; start += kBlock) {
+      Accumulators<V> block;
+      sweep<V>(n - start < kBlock ? n - start : kBlock, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+        const V v = keep(values(start + i, where), where);
+        if constexpr (N == Norm::layer) sums.v[u] = sums.v[u] + v;
+        block.v[u] = fma(v, v, block.v[u]);
+      });
+      squares.add(block);
+    }
+    return {N == Norm::layer ? sums.total() / static_cast<double>(n) : 0, squares.total()};
+  }
+
+  // Whether the pivot was so near to the mean that squared deviations from one give those from the other: half of them
+  // are left, or of 16-bit data, which have digits to spare, a fifth. And no square may have left the range of A.
+  static constexpr double kNear = std::is_same_v<T, A> ? 2 : 1.25;
+  static LNC_INLINE bool is_near(int64_t n, const Look& l) {
+    return l.squares > 1e-20 && l.squares < 1e38 &&
+           (N == Norm::rms || l.squares >= kNear * static_cast<double>(n) * l.mean * l.mean);
+  }
+  static LNC_INLINE Moments moments(int64_t n, const Look& l) {
+    const double count = static_cast<double>(n);
+    return {count, l.mean, l.squares - count * l.mean * l.mean};
+  }
+
+  // At the squared deviations from the mean.
+  template <class Values>
+  static Moments second_look(int64_t n, double mean, const Values& values) {
+    const V about = set<V>(static_cast<A>(mean));
     Accumulators<V> squares;
     for (int64_t start = 0; start < n; start += kBlock) {
       Accumulators<V> block;
       sweep<V>(n - start < kBlock ? n - start : kBlock, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-        V v = values(start + i, where);
-        if constexpr (N == Norm::layer) v = keep(v - about, where);
+        const V v = keep(values(start + i, where) - about, where);
         block.v[u] = fma(v, v, block.v[u]);
       });
-      for (int u = 0; u < kUnroll<V>; u++) squares.v[u] = squares.v[u] + block.v[u];
+      squares.add(block);
     }
-    return {static_cast<double>(n), static_cast<double>(mean), static_cast<double>(squares.total())};
+    return {static_cast<double>(n), mean, squares.total()};
   }
 
   Terms finish(int64_t row, A pivot, const Moments& m) const {
@@ -193,19 +249,23 @@ class Forward {
     const double variance = m.squares * inverse_count + p.eps;  // below zero only for an eps below zero: NaN, as native
     const Terms t = !(m.squares <= largest)               ? rescued(row, pivot, 1 / scale)
                     : variance < tiny && variance > -tiny ? rescued(row, pivot, scale)
-                                                          : terms_of(pivot, m, 1);
-    if (p.stats) {
-      A* stats = static_cast<A*>(p.stats);
-      if (N == Norm::layer) stats[row] = t.shift;
-      stats[N == Norm::layer ? p.rows + row : row] = t.rstd;
-    }
+                                                          : scaled(pivot, m, 1);
+    save(row, t);
     return t;
   }
 
-  LNC_INLINE Terms terms_of(A pivot, const Moments& m, double scale) const {
+  LNC_INLINE void save(int64_t row, const Terms& t) const {
+    if (!p.stats) return;
+    A* stats = static_cast<A*>(p.stats);
+    if (N == Norm::layer) stats[row] = static_cast<A>(t.mean + (double{t.pivot} - pivot(row)));
+    stats[N == Norm::layer ? p.rows + row : row] = t.rstd;
+  }
+
+  LNC_INLINE Terms scaled(A pivot, const Moments& m, double scale) const {
     const double variance = m.squares * inverse_count + p.eps * scale * scale;
     const double rstd = variance == 0 ? 0 : scale / root(variance);
-    return {pivot, static_cast<A>(m.mean / scale), static_cast<A>(rstd)};
+    const double mean = m.mean / scale;
+    return {pivot, static_cast<A>(rstd), static_cast<A>(-mean * rstd), mean};
   }
 
   // Where squares have left the range of A, on either side: once more, of values scaled into it.
@@ -213,10 +273,11 @@ class Forward {
     const V factor = set<V>(static_cast<A>(scale));
     const Moments m = pairwise(0, plan.chunks, [&](int64_t c) {
       const Again chunk = again(row, c * kChunk, pivot);
-      const auto scaled = [=](int64_t i, auto where, int = 0) LNC_LAMBDA { return chunk(i, where) * factor; };
-      return moments(chunk_size(c), mean(chunk_size(c), scaled), scaled);
+      const auto values = [=](int64_t i, auto where) LNC_LAMBDA { return chunk(i, where) * factor; };
+      const Look first = look(chunk_size(c), values);
+      return N == Norm::rms ? moments(chunk_size(c), first) : second_look(chunk_size(c), first.mean, values);
     });
-    return terms_of(pivot, m, scale);
+    return scaled(pivot, m, scale);
   }
 
   // Columns [begin, end) of a row, from their deviations. Meanwhile the next group is fetched, where rows are adjacent.
@@ -245,7 +306,7 @@ class Forward {
     const T* const x = far ? input(row) + begin : nullptr;
     const T* const r = far && p.residual ? residual(row) + begin : x;
     const int64_t ahead = plan.group * p.cols;
-    const V rstd = set<V>(t.rstd), offset = set<V>(-t.shift * t.rstd);
+    const V rstd = set<V>(t.rstd), offset = set<V>(t.offset);
     sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
       if (LNC_UNLIKELY(far) && starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
       const V v = values(i, where);

@@ -32,6 +32,9 @@ struct Buffer {
 template <class V>
 struct Accumulators {
   V v[kUnroll<V>] = {};
+  LNC_INLINE void add(const Accumulators& other) {
+    for (int u = 0; u < kUnroll<V>; u++) v[u] = v[u] + other.v[u];
+  }
   LNC_INLINE auto total() const {
     if constexpr (kUnroll<V> == 4)
       return sum((v[0] + v[1]) + (v[2] + v[3]));

@@ -125,13 +125,16 @@ LNC_INLINE V set(std::conditional_t<std::is_same_v<V, D>, double, float> a) {
     return a - V{};
 }
 
-// What the instruction set has instructions for: fma, the sum over lanes, 16-bit lanes to and from 32-bit ones (to:
-// values below 2^16), the upper halves of two vectors' lanes side by side, and float16.
+// What the instruction set has instructions for: fma, the sum over lanes (in double), 16-bit lanes to and from 32-bit
+// ones (to: values below 2^16), the upper halves of two vectors' lanes side by side, and float16.
 #if LNC_VECTOR_BYTES == 64
 LNC_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 LNC_INLINE D fma(D a, D b, D c) { return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
-LNC_INLINE float sum(F v) { return _mm512_reduce_add_ps((__m512)v); }
 LNC_INLINE double sum(D v) { return _mm512_reduce_add_pd((__m512d)v); }
+LNC_INLINE double sum(F v) {
+  const __m256 low = _mm512_castps512_ps256((__m512)v), high = (__m256)_mm512_extractf64x4_pd((__m512d)v, 1);
+  return sum((D)_mm512_cvtps_pd(low) + (D)_mm512_cvtps_pd(high));
+}
 LNC_INLINE I spread(Half h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }
 LNC_INLINE Half pack(I v) { return (Half)_mm512_cvtepi32_epi16((__m512i)v); }
 LNC_INLINE F widen(f16, Half h) { return (F)_mm512_cvtph_ps((__m256i)h); }
@@ -140,14 +143,13 @@ LNC_INLINE Half narrow(f16, F v) { return (Half)_mm512_cvtps_ph((__m512)v, _MM_F
 #elif LNC_VECTOR_BYTES == 32
 LNC_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 LNC_INLINE D fma(D a, D b, D c) { return (D)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
-LNC_INLINE float sum(F v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 LNC_INLINE double sum(D v) {
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+LNC_INLINE double sum(F v) {
+  const __m128 low = _mm256_castps256_ps128((__m256)v), high = _mm256_extractf128_ps((__m256)v, 1);
+  return sum((D)_mm256_cvtps_pd(low) + (D)_mm256_cvtps_pd(high));
 }
 LNC_INLINE U upper_halves(U even, U odd) { return (U)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa); }
 LNC_INLINE I spread(Half h) { return (I)_mm256_cvtepu16_epi32((__m128i)h); }
@@ -166,14 +168,14 @@ LNC_INLINE F fma(F a, F b, F c) { return a * b + c; }
 LNC_INLINE D fma(D a, D b, D c) { return a * b + c; }
 #endif
 template <class A, class V>
-LNC_INLINE A sum_lanes(const V& v) {
+LNC_INLINE double sum_lanes(const V& v) {
   A lanes[kLanes<V>];
   memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes<V> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
+  double total = 0;
+  for (const A lane : lanes) total += lane;
+  return total;
 }
-LNC_INLINE float sum(F v) { return sum_lanes<float>(v); }
+LNC_INLINE double sum(F v) { return sum_lanes<float>(v); }
 LNC_INLINE double sum(D v) { return sum_lanes<double>(v); }
 #ifdef LNC_VECTOR_BYTES
 LNC_INLINE I spread(Half h) { return __builtin_convertvector(h, I); }
@@ -205,7 +207,7 @@ LNC_INLINE Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.o
 LNC_INLINE Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
 LNC_INLINE Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
 LNC_INLINE Pair fma(Pair a, Pair b, Pair c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
-LNC_INLINE float sum(Pair v) { return sum(v.even + v.odd); }
+LNC_INLINE double sum(Pair v) { return sum(v.even + v.odd); }
 
 // To nearest even in the upper half. NaN stays NaN if its lower half is clear, as it is where NaN comes from bfloat16
 // or from arithmetic.
@@ -351,6 +353,17 @@ LNC_INLINE float first_of(const bf16* p) { return as<float>(static_cast<uint32_t
 LNC_INLINE float first_of(const f16* p) {
   const F v = widen(f16{}, Half{} + p->bits);
   return read<float>(&v);
+}
+
+// Whether not all of eight elements have one sign.
+template <class T>
+LNC_INLINE bool has_both_signs(const T* p) {
+  constexpr int size = sizeof(T), words = size;
+  constexpr uint64_t signs = size == 2 ? 0x8000800080008000 : size == 4 ? 0x8000000080000000 : 0x8000000000000000;
+  uint64_t word[words], any = 0, all = signs;
+  memcpy(word, p, sizeof word);
+  for (int i = 0; i < words; i++) any |= word[i], all &= word[i];
+  return (any & signs) != 0 && all != signs;
 }
 
 // Into the second-level cache: the first holds what is being worked on. p[i] need not exist.

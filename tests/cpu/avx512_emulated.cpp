@@ -13,13 +13,6 @@ namespace emulated {
 typedef int32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
-template <int n, class A, class V>
-LNC_EMULATED A sum(V lanes) {
-  for (int width = n / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-
 LNC_EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
   for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
@@ -28,8 +21,26 @@ LNC_EMULATED __m512d fmadd_pd(__m512d a, __m512d b, __m512d c) {
   for (int i = 0; i < 8; i++) c[i] = __builtin_fma(a[i], b[i], c[i]);
   return c;
 }
-LNC_EMULATED float reduce_add_ps(__m512 v) { return sum<16, float>(v); }
-LNC_EMULATED double reduce_add_pd(__m512d v) { return sum<8, double>(v); }
+LNC_EMULATED __m256 castps512_ps256(__m512 v) {
+  __m256 low;
+  for (int i = 0; i < 8; i++) low[i] = v[i];
+  return low;
+}
+LNC_EMULATED __m256d extractf64x4_pd(__m512d v, int upper) {
+  __m256d half;
+  for (int i = 0; i < 4; i++) half[i] = v[4 * upper + i];
+  return half;
+}
+LNC_EMULATED __m512d cvtps_pd(__m256 v) {
+  __m512d wide;
+  for (int i = 0; i < 8; i++) wide[i] = v[i];
+  return wide;
+}
+LNC_EMULATED double reduce_add_pd(__m512d v) {
+  for (int width = 4; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  return v[0];
+}
 LNC_EMULATED __m512i cvtepu16_epi32(__m256i v) {
   Words wide;
   for (int i = 0; i < 16; i++) wide[i] = ((Halves)v)[i];
@@ -59,7 +70,9 @@ LNC_EMULATED void stream_si512(__m512i* p, __m512i v) {
 
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_fmadd_pd emulated::fmadd_pd
-#define _mm512_reduce_add_ps emulated::reduce_add_ps
+#define _mm512_castps512_ps256 emulated::castps512_ps256
+#define _mm512_extractf64x4_pd emulated::extractf64x4_pd
+#define _mm512_cvtps_pd emulated::cvtps_pd
 #define _mm512_reduce_add_pd emulated::reduce_add_pd
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16

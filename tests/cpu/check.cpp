@@ -294,6 +294,11 @@ int main(int argc, char** argv) {
   for (int64_t cols : {5, 768, 4096, 131072})
     for (double offset : {1e2, 1e4, 1e6})
       run({2, cols, f32, f32, f32, Norm::layer, false, false, false, false, false, offset, 1, 1e-5, 7});
+  for (DType dtype : {f32, f16, bf16, f64})
+    for (int64_t cols : {7, 8, 33, 1024, 9000})
+      for (double offset : {0.9, -1.1, 1.9, -2.1, 5.0})
+        for (bool residual : {false, true})
+          run({4, cols, dtype, dtype, dtype, Norm::layer, true, true, residual, false, false, offset, 1, 0, 7});
   for (Norm norm : {Norm::layer, Norm::rms})
     for (DType dtype : {f32, bf16, f64})
       for (int64_t cols : {5, 768, 20000})
