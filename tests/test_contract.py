@@ -155,7 +155,7 @@ def test_poison_stays_in_its_row(dtype, poison, device):
 def test_constant_rows_give_exactly_the_bias(eps, dtype, device):
     """So does a single column. No gradient for weight, none for the input."""
     for cols in (1, 2, 3, 7, 100, 1024, 4097):
-        for value in (0.0, 0.1, -3.3, 1e3, 65504.0, 1e6, 1e30):
+        for value in (0.0, 1e-3, 0.1, -3.3, 1e3, 65504.0, 1e6, 1e30):
             x = torch.full((5, cols), value).to(dtype).to(device)
             if not x.isfinite().all():
                 continue

@@ -11,13 +11,18 @@ class Backward {
   using V = typename Computed<T>::Vector;
   static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
+  // Rows of 16-bit data, bound by arithmetic, need no pivot where zero is within so many standard deviations of the
+  // mean.
+  static constexpr bool kAboutZero = N == Norm::layer && !std::is_same_v<T, A>;
+  static constexpr double kNear = 2;
+
   // What the columns of a row need to know of it.
   struct Row {
     const T* x;
     const O* dy;
     const T* grad_sum;
     T* dx;
-    A pivot, rstd, offset, mean_g, minus_mean_g_xhat;
+    A pivot, rstd, offset, minus_mean_g, minus_mean_g_xhat;
   };
   struct Block {
     Row rows[BackwardPlan::kMaxBlock];
@@ -100,23 +105,46 @@ class Backward {
     r.dy = row_of<O>(p.grad_output, p.grad_output_rows, row);
     r.grad_sum = p.grad_sum ? row_of<T>(p.grad_sum, p.grad_sum_rows, row) : nullptr;
     r.dx = p.grad_input ? static_cast<T*>(p.grad_input) + row * p.cols : nullptr;
-    r.pivot = N == Norm::layer ? first_of(r.x) : A(0);
     r.rstd = stats[N == Norm::layer ? p.rows + row : row];
+    r.pivot = N == Norm::layer ? first_of(r.x) : A(0);
     r.offset = N == Norm::layer ? -stats[row] * r.rstd : A(0);
-    r.mean_g = r.minus_mean_g_xhat = 0;
+    r.minus_mean_g = r.minus_mean_g_xhat = 0;
+    if constexpr (kAboutZero) {
+      const double offset = -(double{r.pivot} + stats[row]) * r.rstd;
+      const bool constant = stats[row] == 0;  // and xhat is exactly zero
+      if (!constant && offset < kNear && offset > -kNear) r.pivot = 0, r.offset = static_cast<A>(offset);
+    }
     return r;
   }
 
   void set_means(Row& r, const Sums& s) const {
-    r.mean_g = static_cast<A>(s.g * inverse_count);
+    r.minus_mean_g = static_cast<A>(-s.g * inverse_count);
     r.minus_mean_g_xhat = static_cast<A>(-s.g_xhat * inverse_count);
   }
 
+  template <bool Centred>
   static LNC_INLINE V normalised(V x, V pivot, V rstd, V offset) {
-    return N == Norm::layer ? fma(x - pivot, rstd, offset) : x * rstd;
+    return N == Norm::rms ? x * rstd : fma(Centred ? x - pivot : x, rstd, offset);
+  }
+
+  // A product of 16-bit data is exact. Others are rounded as they were for the mean: nothing is left in rows of one
+  // column.
+  static LNC_INLINE V centred(V dy, V w, V minus_mean) {
+    if constexpr (N == Norm::rms)
+      return dy * w;
+    else if constexpr (std::is_same_v<T, A>)
+      return dy * w + minus_mean;
+    else
+      return fma(dy, w, minus_mean);
   }
 
   Sums sums(const Row& row, int64_t chunk) const {
+    return kAboutZero && row.pivot == 0 ? sums<!kAboutZero>(row, chunk) : sums<true>(row, chunk);
+  }
+
+  // About zero, where xhat is made of the sums.
+  template <bool Centred>
+  LNC_INLINE Sums sums(const Row& row, int64_t chunk) const {
     const int64_t start = chunk * kChunk, left = p.cols - start;
     const T* x = row.x + start;
     const O* dy = row.dy + start;
@@ -129,12 +157,14 @@ class Backward {
     Accumulators<V> g_sums, g_xhat_sums;
     sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
       if (LNC_UNLIKELY(fetches) && starts_line<T>(u)) prefetch(dx, i);
-      const V xhat = normalised(load<V>(x + i, where), pivot, rstd, offset);
+      V v = load<V>(x + i, where);
+      if constexpr (Centred) v = normalised<true>(v, pivot, rstd, offset);
       const V g = keep(load<V>(dy + i, where) * get<V>(w + i, where), where);
       if constexpr (N == Norm::layer) g_sums.v[u] = g_sums.v[u] + g;
-      g_xhat_sums.v[u] = fma(g, keep(xhat, where), g_xhat_sums.v[u]);
+      g_xhat_sums.v[u] = fma(g, keep(v, where), g_xhat_sums.v[u]);
     });
-    return {g_sums.total(), g_xhat_sums.total()};
+    const double g = g_sums.total(), g_x = g_xhat_sums.total();
+    return {g, Centred ? g_x : row.rstd * g_x + row.offset * g};
   }
 
   // Columns [begin, end) of a block of rows: dx, and what the rows add to the weight and bias gradients.
@@ -160,19 +190,23 @@ class Backward {
         });
       }
       int r = 0;
-      for (; r + 2 <= block.count; r += 2) columns<2, Dx, Params>(block.rows + r, begin, n, to);
-      if (r < block.count) columns<1, Dx, Params>(block.rows + r, begin, n, to);
+      for (; r + 2 <= block.count; r += 2)
+        if (kAboutZero && block.rows[r].pivot == 0 && block.rows[r + 1].pivot == 0)
+          columns<2, !kAboutZero, Dx, Params>(block.rows + r, begin, n, to);
+        else
+          columns<2, true, Dx, Params>(block.rows + r, begin, n, to);
+      if (r < block.count) columns<1, true, Dx, Params>(block.rows + r, begin, n, to);
     }
   }
 
-  template <int R, bool Dx, bool Params>
+  template <int R, bool Centred, bool Dx, bool Params>
   void columns(const Row* block_rows, int64_t begin, int64_t n, const Gradients& to) const {
     Row row[R];
-    V pivot[R], rstd[R], offset[R], mean_g[R], minus_mean_g_xhat[R];
+    V pivot[R], rstd[R], offset[R], minus_mean_g[R], minus_mean_g_xhat[R];
     unrolled<R>([&](int r) LNC_LAMBDA {
       row[r] = block_rows[r];
       pivot[r] = set<V>(row[r].pivot), rstd[r] = set<V>(row[r].rstd), offset[r] = set<V>(row[r].offset);
-      mean_g[r] = set<V>(row[r].mean_g), minus_mean_g_xhat[r] = set<V>(row[r].minus_mean_g_xhat);
+      minus_mean_g[r] = set<V>(row[r].minus_mean_g), minus_mean_g_xhat[r] = set<V>(row[r].minus_mean_g_xhat);
     });
     const A* const w = weight;
     const int64_t ahead = plan.block * p.cols;  // the next block, where rows are adjacent
@@ -187,12 +221,12 @@ class Backward {
           if (starts_line<T>(u)) prefetch(row[r].x, j + ahead);
           if (starts_line<O>(u)) prefetch(row[r].dy, j + ahead);
         }
-        const V xhat = normalised(load<V>(row[r].x + j, where), pivot[r], rstd[r], offset[r]);
+        const V xhat = normalised<Centred>(load<V>(row[r].x + j, where), pivot[r], rstd[r], offset[r]);
         const V dy = load<V>(row[r].dy + j, where);
         if constexpr (Params) dw = fma(dy, xhat, dw), db = db + dy;
         if constexpr (Dx) {
-          const V g = dy * get<V>(w + j, where);
-          const V projected = fma(minus_mean_g_xhat[r], xhat, N == Norm::layer ? g - mean_g[r] : g);
+          const V wj = get<V>(w + j, where);
+          const V projected = fma(minus_mean_g_xhat[r], xhat, centred(dy, wj, minus_mean_g[r]));
           V dx = rstd[r] * projected;
           if (LNC_UNLIKELY(adds)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));
           store(row[r].dx + j, dx, where);
