@@ -105,7 +105,8 @@ class Backward {
     r.dy = row_of<O>(p.grad_output, p.grad_output_rows, row);
     r.grad_sum = p.grad_sum ? row_of<T>(p.grad_sum, p.grad_sum_rows, row) : nullptr;
     r.dx = p.grad_input ? static_cast<T*>(p.grad_input) + row * p.cols : nullptr;
-    r.rstd = stats[N == Norm::layer ? p.rows + row : row];
+    // Of a single column nothing is left: not even rounding errors, times what 1 / sqrt(eps) is.
+    r.rstd = N == Norm::rms ? stats[row] : p.cols == 1 ? A(0) : stats[p.rows + row];
     r.pivot = N == Norm::layer ? first_of(r.x) : A(0);
     r.offset = N == Norm::layer ? -stats[row] * r.rstd : A(0);
     r.minus_mean_g = r.minus_mean_g_xhat = 0;
@@ -125,17 +126,6 @@ class Backward {
   template <bool Centred>
   static LNC_INLINE V normalised(V x, V pivot, V rstd, V offset) {
     return N == Norm::rms ? x * rstd : fma(Centred ? x - pivot : x, rstd, offset);
-  }
-
-  // A product of 16-bit data is exact. Others are rounded as they were for the mean: nothing is left in rows of one
-  // column.
-  static LNC_INLINE V centred(V dy, V w, V minus_mean) {
-    if constexpr (N == Norm::rms)
-      return dy * w;
-    else if constexpr (std::is_same_v<T, A>)
-      return dy * w + minus_mean;
-    else
-      return fma(dy, w, minus_mean);
   }
 
   Sums sums(const Row& row, int64_t chunk) const {
@@ -225,8 +215,8 @@ class Backward {
         const V dy = load<V>(row[r].dy + j, where);
         if constexpr (Params) dw = fma(dy, xhat, dw), db = db + dy;
         if constexpr (Dx) {
-          const V wj = get<V>(w + j, where);
-          const V projected = fma(minus_mean_g_xhat[r], xhat, centred(dy, wj, minus_mean_g[r]));
+          const V g = fma(dy, get<V>(w + j, where), minus_mean_g[r]);
+          const V projected = fma(minus_mean_g_xhat[r], xhat, g);
           V dx = rstd[r] * projected;
           if (LNC_UNLIKELY(adds)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));
           store(row[r].dx + j, dx, where);

@@ -203,6 +203,8 @@ class Check {
         right_sum &= sum.get(row * cols + j) == exact.get(0);
       }
     }
+    if (cols == 1 && c.norm == Norm::layer && c.wanted & 1)
+      right_dx &= dx.get(row) == (c.grad_sum ? grad_sum.get(place(row, 0)) : 0);
     for (int64_t j = 0; j < cols && c.wanted & 1; j++) {
       const Wide g = dy.get(place(row, j)) * scale(j), back = xhat[row * cols + j] * g_xhat_mean;
       const Wide added = c.grad_sum ? grad_sum.get(place(row, j)) : 0;
