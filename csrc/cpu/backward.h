@@ -129,7 +129,9 @@ class Backward {
   }
 
   Sums sums(const Row& row, int64_t chunk) const {
-    return kAboutZero && row.pivot == 0 ? sums<!kAboutZero>(row, chunk) : sums<true>(row, chunk);
+    if constexpr (kAboutZero)
+      if (row.pivot == 0) return sums<false>(row, chunk);
+    return sums<true>(row, chunk);
   }
 
   // About zero, where xhat is made of the sums.

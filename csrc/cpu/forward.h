@@ -68,7 +68,7 @@ class Forward {
         const bool zero = N == Norm::rms || is_about_zero(first + r);
         pivots[r] = zero ? 0 : pivot(first + r);
         looks[r] = zero ? first_look<false>(first + r, 0, 0, kept + r * stride)
-                        : first_look<true>(first + r, 0, pivots[r], kept + r * stride);
+                        : first_look<N == Norm::layer>(first + r, 0, pivots[r], kept + r * stride);
       }
       for (int64_t r = 0; r < rows; r++) terms[r] = terms_of(first + r, pivots[r], looks[r], kept + r * stride);
       for (int64_t r = 0; r < rows; r++)
@@ -132,15 +132,14 @@ class Forward {
     return has_both_signs(eight);
   }
 
-  static LNC_INLINE V deviation(V v, V pivot) { return N == Norm::layer ? v - pivot : v; }
-
   // Deviations read from the row itself.
   struct Again {
     const T* x;
     V pivot;
     template <class Where>
     LNC_INLINE V operator()(int64_t i, Where where) const {
-      return deviation(load<V>(x + i, where), pivot);
+      const V v = load<V>(x + i, where);
+      return N == Norm::layer ? v - pivot : v;
     }
   };
   Again again(int64_t row, int64_t start, A pivot) const { return {source(row) + start, set<V>(pivot)}; }
@@ -217,10 +216,10 @@ class Forward {
 
   // Whether the pivot was so near to the mean that squared deviations from one give those from the other: half of them
   // are left, or of 16-bit data, which have digits to spare, a fifth. And no square may have left the range of A.
-  static constexpr double kNear = std::is_same_v<T, A> ? 2 : 1.25;
+  static constexpr double kLeft = std::is_same_v<T, A> ? 2 : 1.25;
   static LNC_INLINE bool is_near(int64_t n, const Look& l) {
     return l.squares > 1e-20 && l.squares < 1e38 &&
-           (N == Norm::rms || l.squares >= kNear * static_cast<double>(n) * l.mean * l.mean);
+           (N == Norm::rms || l.squares >= kLeft * static_cast<double>(n) * l.mean * l.mean);
   }
   static LNC_INLINE Moments moments(int64_t n, const Look& l) {
     const double count = static_cast<double>(n);
@@ -231,16 +230,8 @@ class Forward {
   template <class Values>
   static Moments second_look(int64_t n, double mean, const Values& values) {
     const V about = set<V>(static_cast<A>(mean));
-    Accumulators<V> squares;
-    for (int64_t start = 0; start < n; start += kBlock) {
-      Accumulators<V> block;
-      sweep<V>(n - start < kBlock ? n - start : kBlock, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-        const V v = keep(values(start + i, where) - about, where);
-        block.v[u] = fma(v, v, block.v[u]);
-      });
-      squares.add(block);
-    }
-    return {static_cast<double>(n), mean, squares.total()};
+    const Look l = look(n, [=](int64_t i, auto where) LNC_LAMBDA { return values(i, where) - about; });
+    return {static_cast<double>(n), mean, l.squares};
   }
 
   Terms finish(int64_t row, A pivot, const Moments& m) const {
