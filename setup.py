@@ -31,6 +31,9 @@ def commands(build) -> dict[str, type]:
     def report() -> None:
         print(*filter(None, [build.note and f"{PACKAGE}: {build.note}", build.summary]), sep="\n", file=sys.stderr)
 
+    def write_record(folder: str | Path) -> None:
+        Path(folder, "_build_info.py").write_text(build.record)
+
     class BuildPy(build_py):
         """Also writes down what was built, and why what is missing is."""
 
@@ -38,8 +41,7 @@ def commands(build) -> dict[str, type]:
             if not build.torch:
                 raise SystemExit(f"{PACKAGE}: {build.without_extension}")
             super().run()
-            folder = self.get_package_dir(PACKAGE) if self.editable_mode else os.path.join(self.build_lib, PACKAGE)
-            Path(folder, "_build_info.py").write_text(build.record)
+            write_record(self.get_package_dir(PACKAGE) if self.editable_mode else os.path.join(self.build_lib, PACKAGE))
             if build.extension is None:
                 report()
 
@@ -69,6 +71,8 @@ def commands(build) -> dict[str, type]:
                 if build.cuda:
                     print(f"{PACKAGE}: LAYERNORM_CUDA_BUILD=off builds the CPU kernels only", file=sys.stderr)
                 raise
+            if self.inplace:  # build_ext --inplace runs nothing else
+                write_record(ROOT / PACKAGE)
             report()
 
     return {"build_py": BuildPy, "build_ext": BuildExt}

@@ -160,13 +160,15 @@ def _extension(build: Build, found: toolkit.Toolkit | None, runtime: Path | None
                 newer, ptx = ", ".join(toolkit.left_out(found)), toolkit.ptx_arch(archs[-1])
                 build.note = f"nvcc {found.version} is older than architectures {newer}: they run the PTX of {ptx}"
     cpp_extension = _cpp_extension(found)
+    include_dirs = pybind11_first(cpp_extension.include_paths("cuda" if found else "cpu"))
+    include_dirs += toolkit.more_headers(found) if found else []
     macros = {"TORCH_VERSION": build.torch, "CUDA_VERSION": build.cuda, "ARCH_LIST": build.archs}
     cxx += [f'-DLAYERNORM_CUDA_{name}="{value}"' for name, value in macros.items()]
     cxx += ["-DLAYERNORM_CUDA_WITH_CUDA=1"] if found else []
     return Extension(
         f"{PACKAGE}._C",
         files,
-        include_dirs=pybind11_first(cpp_extension.include_paths("cuda" if found else "cpu")),
+        include_dirs=include_dirs,
         library_dirs=cpp_extension.library_paths(),
         libraries=libraries,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},

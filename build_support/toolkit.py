@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -63,12 +64,17 @@ def find(torch_cuda: str | None, environ: Mapping[str, str] = os.environ, sites:
         else:
             return toolkit
     found = "; ".join(refused) if refused else "no CUDA toolkit was found"
-    raise Refused(f"{found}. Set CUDA_HOME to a CUDA {torch_cuda} toolkit, or: pip install '{requirement(torch_cuda)}'")
+    by_pip = requirement(torch_cuda)
+    source = f", or: pip install '{by_pip}'" if by_pip else " from NVIDIA, a Linux distribution or conda"
+    raise Refused(f"{found}. Set CUDA_HOME to a CUDA {torch_cuda} toolkit{source}")
 
 
 def requirement(torch_cuda: str) -> str:
-    """What pip has to install to compile for a torch built with this CUDA version."""
-    return f"cuda-toolkit[nvcc,cccl,crt,cudart]=={torch_cuda}.*"
+    """What pip has to install to compile for a torch built with this CUDA version; empty before CUDA 13.
+
+    The packages of the same names for CUDA 12 and 11 contain no nvcc.
+    """
+    return f"cuda-toolkit[nvcc,cccl,crt,cudart]=={torch_cuda}.*" if int(torch_cuda.split(".")[0]) >= 13 else ""
 
 
 def default_archs(toolkit: Toolkit) -> tuple[str, ...]:
@@ -106,11 +112,18 @@ def runtime_library(toolkit: Toolkit, sites: Sequence[Path]) -> Path:
     """
     major = toolkit.version.split(".")[0]
     folders = [folder for at in sites for folder in (at / f"nvidia/cu{major}/lib", at / "nvidia/cuda_runtime/lib")]
-    folders += [toolkit.root / "lib64", toolkit.root / "lib", Path("/usr/lib") / f"{os.uname().machine}-linux-gnu"]
+    folders += [toolkit.root / "lib64", toolkit.root / "lib", Path("/usr/lib") / f"{platform.machine()}-linux-gnu"]
     for folder in folders:
         for name in sorted(folder.glob(f"libcudart.so.{major}*")):
             return name
     raise Refused(f"CUDA {toolkit.version} at {toolkit.root} has no libcudart.so.{major}")
+
+
+def more_headers(toolkit: Toolkit) -> list[str]:
+    """Where conda keeps the headers that torch looks for in the toolkit's `include`."""
+    target = toolkit.root / "targets" / ("x86_64-linux" if platform.machine() == "x86_64" else "sbsa-linux") / "include"
+    there = [folder for folder in (toolkit.root / "include", target) if (folder / "cuda_runtime_api.h").exists()]
+    return [str(target)] if there == [target] else []
 
 
 def _candidates(environ: Mapping[str, str], sites: Sequence[Path]) -> Iterator[tuple[str, Path]]:

@@ -110,6 +110,18 @@ def test_runtime_library_missing(tmp_path):
         toolkit.runtime_library(bare, [])
 
 
+def test_headers_where_conda_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(toolkit.platform, "machine", lambda: "x86_64")
+    make_toolkit(tmp_path)
+    found = toolkit.find("13.0", {"CUDA_HOME": str(tmp_path)})
+    header = tmp_path / "targets/x86_64-linux/include/cuda_runtime_api.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert toolkit.more_headers(found) == [str(header.parent)]
+    (tmp_path / "include").symlink_to(header.parent)  # as NVIDIA installs it
+    assert toolkit.more_headers(found) == []
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +130,14 @@ def test_other_major_version_is_refused_with_both_named(tmp_path):
     with pytest.raises(toolkit.Refused, match=r"CUDA_HOME is CUDA 12\.4 .* torch was built with CUDA 13\.0") as refused:
         toolkit.find("13.0", {"CUDA_HOME": str(tmp_path / "old")})
     assert "cuda-toolkit[nvcc,cccl,crt,cudart]==13.0.*" in str(refused.value)
+
+
+def test_pip_is_named_only_where_its_packages_have_nvcc(tmp_path):
+    for cuda in ("12.8", "11.8"):
+        with pytest.raises(toolkit.Refused, match=f"Set CUDA_HOME to a CUDA {cuda} toolkit from NVIDIA") as refused:
+            toolkit.find(cuda, {"PATH": str(tmp_path)})
+        assert "pip" not in str(refused.value)
+        assert toolkit.requirement(cuda) == ""
 
 
 def test_other_major_version_is_passed_over_where_another_fits(tmp_path):
