@@ -37,7 +37,7 @@ ifeq ($(ARGS),)
 endif
 
 backend_tests := $(addprefix tests/test_,$(addsuffix .py,\
-	autograd contract convert errors fused rnn semantics transforms))
+	autograd contract convert errors fused properties rnn semantics transforms))
 
 bench: $(built) $(VENV)/.bench
 	$(bin)/python -m benchmarks $(ARGS)

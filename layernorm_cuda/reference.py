@@ -37,7 +37,7 @@ def _centred(x: torch.Tensor, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, save_stats, dtype):
     """Returns (output, sum, stats); see csrc/kernels/params.h for what stats holds."""
-    total = input if residual is None else input + residual
+    total = input if residual is None else (input + residual).contiguous()
     x = _rows(total, normalized_shape)
     if x.numel() == 0:
         shape = (1 if rms else 2, x.shape[0])

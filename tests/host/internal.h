@@ -71,6 +71,7 @@ struct Machine {
 extern Machine machine;
 extern Thread* self;  // the running thread; null outside kernels
 constexpr size_t stack_bytes = 64 << 10;
+constexpr int largest_cluster = 16;
 
 void record(const char* kind, std::string message, const Thread* thread, uintptr_t pc = 0);
 // Records, and leaves the launch: every thread of it is dropped.

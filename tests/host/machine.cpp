@@ -304,7 +304,8 @@ const char* invalid(const Launch& l) {
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return "the grid is empty";
   if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535)
     return "the grid is larger than 2^31-1, 65535, 65535";
-  if (l.cluster < 1 || l.cluster > 16 || (l.cluster & (l.cluster - 1))) return "a cluster has 1, 2, 4, 8 or 16 blocks";
+  if (l.cluster < 1 || l.cluster > largest_cluster || (l.cluster & (l.cluster - 1)))
+    return "a cluster has 1, 2, 4, 8 or 16 blocks";
   if (l.cluster > 1 && pretended.arch < 90) return "clusters need sm_90";
   if (l.grid.x % l.cluster) return "the cluster does not divide the grid";
   if (l.params_bytes > 4096) return "more than 4096 bytes of parameters";

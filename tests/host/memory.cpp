@@ -117,12 +117,18 @@ void read_symbols() {
   region_bytes = (static_room + dynamic_room + 2 * unit + 4095) / 4096 * 4096;
 }
 
+// Addresses of the largest cluster, so that what lies outside of a smaller one is still known to be shared memory;
+// cells of as many regions as are in use.
 bool reserve_regions(size_t count) {
-  if (count <= regions) return true;
-  if (shared) munmap(shared, regions * region_bytes);
+  if (!shared) {
+    shared = reserve<char>(largest_cluster * region_bytes);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(shared, largest_cluster * region_bytes);
+#endif
+  }
+  if (count <= regions) return shared;
   if (shared_cells) munmap(shared_cells, regions * region_bytes * sizeof(SharedCell));
   regions = count;
-  shared = reserve<char>(count * region_bytes);
   shared_cells = watching ? reserve<SharedCell>(count * region_bytes) : nullptr;
   return shared && (!watching || shared_cells);
 }
@@ -402,7 +408,7 @@ inline void on_access(const void* p, uint32_t size, bool write, void* pc) {
   if (!t) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   if (address - t->stack < stack_bytes) return;
-  if (address - reinterpret_cast<uintptr_t>(shared) < regions * region_bytes)
+  if (address - reinterpret_cast<uintptr_t>(shared) < largest_cluster * region_bytes)
     return shared_access(*t, address, size, write, reinterpret_cast<uintptr_t>(pc));
   global_access(*t, address, size, write, reinterpret_cast<uintptr_t>(pc));
 }
