@@ -67,17 +67,17 @@ def cpu_kernels() -> str:
     return " ".join(names or [platform.machine()])
 
 
-def find_compiler() -> str:
+def find_compiler(standard: str) -> str:
     """The C++ compiler's name and version.
 
     Raises:
-        Refused: there is none, or it cannot build a Python module.
+        Refused: there is none, or it cannot build a Python module in this standard of C++ ("c++17").
     """
     command = os.environ.get("CXX", "c++").split()
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.cpp")
         probe.write_text("#include <Python.h>\n#include <vector>\nint main() { return 0; }\n")
-        flags = ["-std=c++17", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", str(probe)]
+        flags = [f"-std={standard}", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", str(probe)]
         try:
             done = subprocess.run([*command, *flags], capture_output=True, text=True)
         except OSError:
@@ -85,7 +85,7 @@ def find_compiler() -> str:
             raise toolkit.Refused(reason) from None
     if done.returncode != 0:
         error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-        raise toolkit.Refused(f"the C++ compiler {command[0]} cannot build Python modules: {error}")
+        raise toolkit.Refused(f"the C++ compiler {command[0]} cannot build Python modules in {standard}: {error}")
     return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 
@@ -120,7 +120,7 @@ def configure() -> Build:
         return Build(without_extension="torch is not installed: pip install torch, then this again")
     build = Build(torch=torch.__version__)
     try:
-        build.compiler = find_compiler()
+        build.compiler = find_compiler("c++20" if torch.__version__ >= (2, 13) else "c++17")  # as torch's headers are
     except toolkit.Refused as reason:
         if required:
             raise toolkit.Refused(f"LAYERNORM_CUDA_BUILD=on, but {reason}") from None
@@ -141,11 +141,12 @@ def configure() -> Build:
 def _extension(build: Build, found: toolkit.Toolkit | None, runtime: Path | None) -> Extension:
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     libraries = ["c10", "torch_cpu", "torch_python"]
-    cxx = ["-O3", "-ffp-contract=off", "-g0", "-Wall", "-fvisibility=hidden", "-fopenmp"]
+    apple = sys.platform == "darwin"  # whose clang has no OpenMP: one thread
+    cxx = ["-O3", "-ffp-contract=off", "-g0", "-Wall", "-fvisibility=hidden", *([] if apple else ["-fopenmp"])]
     nvcc: list[str] = []
     # at::parallel_for runs on the OpenMP runtime that torch has loaded; -fopenmp here could bring in a second one.
     # clang's calls are not in libgomp, so it has to.
-    link = ["-Wl,-s", *(["-fopenmp"] if "clang" in build.compiler else [])]
+    link = [] if apple else ["-Wl,-s", *(["-fopenmp"] if "clang" in build.compiler else [])]
     if found:
         files += sources("csrc/kernels/*.cu")
         libraries += ["c10_cuda"]

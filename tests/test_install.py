@@ -293,7 +293,21 @@ def test_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     broken = write_script(tmp_path / "c++", "echo 'probe.cpp:1:10: fatal error: Python.h: No such file' >&2; exit 1")
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(toolkit.Refused, match=r"fatal error: Python\.h"):
-        extension.find_compiler()
+        extension.find_compiler("c++17")
+
+
+def test_compiler_too_old_for_the_headers_of_this_torch(monkeypatch, tmp_path):
+    old = write_script(
+        tmp_path / "c++",
+        """case "$*" in
+*c++20*) echo "error: unrecognized command line option '-std=c++20'" >&2; exit 1;;
+*--version*) echo "c++ 8.5.0";;
+esac""",
+    )
+    monkeypatch.setenv("CXX", str(old))
+    assert extension.find_compiler("c++17") == "c++ 8.5.0"
+    with pytest.raises(toolkit.Refused, match=r"cannot build Python modules in c\+\+20: error: unrecognized"):
+        extension.find_compiler("c++20")
 
 
 def test_record_can_be_imported(configure):
