@@ -239,8 +239,8 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
         names = [*tensors, None]
         for eps in _eps_names(module) or _USUAL_EPS:
             for rms, weight, bias in itertools.product((True, False), names, names):
-                if {weight, bias} - {None} != set(tensors):
-                    continue
+                if not module._parameters.keys() & tensors.keys() <= {weight, bias}:
+                    continue  # a buffer may lie unused
                 for zero_centered in (False, True) if weight else (False,):
                     recipe = Recipe(rms, weight, bias, eps, zero_centered, "input")
                     if probe.agrees(recipe, torch.float32):

@@ -64,6 +64,18 @@ class ScaledNorm(Scaled):
     pass
 
 
+class WeightlessNorm(nn.Module):
+    """As FalconMamba's: a buffer that forward does not read."""
+
+    def __init__(self, size, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(size), persistent=False)
+
+    def forward(self, x):
+        return norm(x.float(), x.shape[-1:], eps=self.eps, rms=True).to(x.dtype)
+
+
 class PlainSubclass(nn.LayerNorm):
     pass
 
@@ -154,6 +166,7 @@ KNOWN = {
     "Liger": lambda: LigerLike(24),
     "Liger, offset": lambda: LigerLike(24, offset=1.0),
     "other names": lambda: ScaledNorm(24),
+    "buffer not used": lambda: WeightlessNorm(24),
     "subclass": lambda: PlainSubclass(24),
     "subclass, float32 inside": lambda: FloatLayerNorm(24),
 }
