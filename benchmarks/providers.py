@@ -2,7 +2,7 @@
 
 forward    the public function under no_grad, as in inference: F.layer_norm and ours
 backward   the operators under torch.ops, under no_grad: all three gradients from saved statistics, both at the same
-           cost of a call from Python
+           cost of a call from Python. `direct` is ours without it, as `functions.py` calls it; native has no such way
 step       nn.LayerNorm and ours: module forward and backward through autograd, Python overhead included
 add        input + residual, then the norm: two operations of native's, one of ours (no_grad)
 
@@ -23,7 +23,7 @@ import layernorm_cuda as lnc
 
 from .timing import Call
 
-NATIVE, OURS, COPY, COMPILED = "native", "ours", "copy", "compile"
+NATIVE, OURS, COPY, COMPILED, DIRECT = "native", "ours", "copy", "compile", "direct"
 DIRECTIONS = ("forward", "backward", "step", "add")
 EPS = 1e-5
 
@@ -96,9 +96,11 @@ def _backward(case: Case, t: Tensors, compiled: bool) -> dict[str, Call]:
     _, mean, rstd = torch.native_layer_norm(t.x, shape, t.weight, t.bias, EPS)
     stats = torch.ops.layernorm_cuda.norm_forward(t.x, None, shape, t.weight, t.bias, EPS, False, True, None)[2]
     native, ours = torch.ops.aten.native_layer_norm_backward.default, torch.ops.layernorm_cuda.norm_backward.default
+    arguments = t.dy, None, t.x, shape, t.weight, stats, False, mask, case.dtype
     return {
         NATIVE: partial(native, t.dy, t.x, shape, mean, rstd, t.weight, t.bias, mask),
-        OURS: partial(ours, t.dy, None, t.x, shape, t.weight, stats, False, mask, case.dtype),
+        OURS: partial(ours, *arguments),
+        DIRECT: partial(lnc._ops.norm_backward, *arguments),
         COPY: partial(torch.add, t.x, t.dy),
     }
 
