@@ -43,7 +43,9 @@ variable_list gradients(const variable_list& grads, const Tensor& x, const Tenso
     dx = grad_sum;
   } else if (!facts.saved) {
     const Tensor wide = grad_output.to(grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-    db = wide.reshape({-1, c10::multiply_integers(facts.shape)}).sum(0).reshape(facts.shape);
+    const auto leading = wide.sizes().slice(0, wide.dim() - facts.shape.size());
+    const int64_t rows = c10::multiply_integers(leading), cols = c10::multiply_integers(facts.shape);
+    db = wide.reshape({rows, cols}).sum(0).reshape(facts.shape);
   } else {
     // With create_graph the operator's own derivative, registered in functions.py, is wanted too.
     std::optional<at::AutoDispatchBelowAutograd> below_autograd;
@@ -147,6 +149,7 @@ std::pair<Tensor, Tensor> norm(const Tensor& input, const OptionalTensor& residu
   std::tuple<Tensor, Tensor, Tensor> outputs;
   {
     at::AutoDispatchBelowAutograd below_autograd;
+    RECORD_FUNCTION("layernorm_cuda::norm_forward", recorded(input, residual, normalized_shape, weight, bias));
     outputs = norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, differentiable && save, dtype);
   }
   auto& [output, sum, stats] = outputs;

@@ -355,10 +355,13 @@ std::tuple<Tensor, Tensor, Tensor> call_norm_backward(const Tensor& grad_output,
                                                       const OptionalTensor& weight, const Tensor& stats, bool rms,
                                                       std::array<bool, 3> output_mask,
                                                       std::optional<ScalarType> bias_dtype) {
-  const bool below_autograd = c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU);
+  const bool below_autograd = c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradFunctionality);
   if (below_autograd && is_plain(grad_output) && is_plain(grad_sum) && is_plain(input) && is_plain(weight) &&
-      is_plain(stats))
+      is_plain(stats)) {
+    RECORD_FUNCTION("layernorm_cuda::norm_backward",
+                    recorded(grad_output, grad_sum, input, normalized_shape, weight, stats));
     return norm_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype);
+  }
   static const auto op = find_operator<BackwardFunction>("layernorm_cuda::norm_backward");
   return op.call(grad_output, grad_sum, input, c10::fromIntArrayRefSlow(normalized_shape), weight, stats, rms,
                  output_mask, bias_dtype);

@@ -74,8 +74,10 @@ Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape
   at::AutoDispatchBelowAutograd below_autograd;
   c10::SymIntArrayRef shape(normalized_shape.sizes);
   auto sizes = c10::asIntArrayRefSlowOpt(shape);
-  if (sizes && is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias))
+  if (sizes && is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias)) {
+    RECORD_FUNCTION("layernorm_cuda::norm_forward", recorded(input, residual, *sizes, weight, bias));
     return norm_forward(input, residual, *sizes, weight, bias, eps, rms, save_stats, dtype);
+  }
   static const auto op = find_operator<ForwardFunction>("layernorm_cuda::norm_forward");
   return op.call(input, residual, shape, weight, bias, eps, rms, save_stats, dtype);
 }

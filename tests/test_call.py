@@ -142,6 +142,15 @@ def test_compiled_autograd(residual):
         torch.testing.assert_close(a, b)
 
 
+def test_profiler_sees_what_passes_the_dispatcher():
+    x = X.clone().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        lnc.layer_norm(x, (8,), W, B).sum().backward()
+    shapes = {event.key: event.input_shapes for event in profile.key_averages(group_by_input_shape=True)}
+    assert shapes["layernorm_cuda::norm_forward"] == [[3, 8], [], [], [8], [8]]
+    assert shapes["layernorm_cuda::norm_backward"] == [[3, 8], [], [3, 8], [], [8], [2, 3]]  # the dispatcher's has more
+
+
 def test_operator_without_derivative_stays_below_python(monkeypatch):
     """As in a compiled graph, whose calls are not differentiated any more."""
 

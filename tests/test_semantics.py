@@ -351,6 +351,9 @@ def test_bias_alone_saves_nothing():
     assert not saved
     y.backward(torch.full_like(y, 2.0))
     assert torch.equal(b.grad, torch.full((8,), 10.0))
+    none = torch.zeros(0, requires_grad=True)
+    lnc.layer_norm(torch.zeros(3, 0), (0,), None, none).sum().backward()
+    assert none.grad.shape == (0,)
 
 
 def test_inputs_are_not_modified(device):
