@@ -173,10 +173,15 @@ def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None)
 def norm_to(dtype, input, normalized_shape, weight, bias, eps, rms):
     """Layer or RMS normalisation with an output of any ``dtype``, rounded once; for ``convert.py``."""
     if not _is_ours(input):
+        if any(t is not None and t.dtype != input.dtype for t in (weight, bias)):  # which PyTorch's own may refuse
+            wide = accumulate_dtype(input.dtype)
+            input, weight, bias = (t if t is None else t.to(wide) for t in (input, weight, bias))
         if rms:
             return torch.rms_norm(input, normalized_shape, weight, eps).to(dtype)
         return torch.layer_norm(input, normalized_shape, weight, bias, eps).to(dtype)
     wide = accumulate_dtype(input.dtype)
+    if rms:
+        eps = _rms_eps(input, eps)
     output, _ = _norm(input, None, normalized_shape, weight, bias, eps, rms, dtype if dtype == input.dtype else wide)
     return output.to(dtype)
 
@@ -190,8 +195,11 @@ def _rms_eps(input, eps, residual=None):
 
 def _is_ours(input):
     """Whether our operators take this tensor; PyTorch's own take the rest (nested, other devices; DTensors, for which
-    it knows how to shard its operators), and stand in every graph that is made to be run without us."""
+    it knows how to shard its operators), and stand in every graph that is made to be run without us, or that a compiler
+    differentiates or batches itself (torch.func inside torch.compile)."""
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or hasattr(input, "device_mesh"):
+        return False
+    if is_compiling() and torch._C._are_functorch_transforms_active():
         return False
     kind = input.device.type
     if kind in _DEVICES and input.layout is torch.strided and not input.is_nested:

@@ -213,7 +213,8 @@ class NormFunction(Function):
             weight, bias = _aligned(params, (in_dims[3], in_dims[4]), output.dim())
             output = output if weight is None else output * weight
             output = (output if bias is None else output + bias).to(dtype or summed)
-        stats = stats.reshape(stats.shape[0], info.batch_size, -1)
+        rows = math.prod(input.shape[1 : input.dim() - len(normalized_shape)])
+        stats = stats.reshape(stats.shape[0], info.batch_size, rows)
         return (output, total, stats), (0, None if residual is None else 0, 1)
 
 
@@ -345,7 +346,7 @@ def _batched(info, tensors, dims):
 def _batched_stats(info, stats, dim):
     """[k, rows] of every sample as [k, batch * rows]."""
     stats = stats.unsqueeze(1).expand(-1, info.batch_size, -1) if dim is None else stats.movedim(dim, 1)
-    return stats.reshape(stats.shape[0], -1)
+    return stats.reshape(stats.shape[0], stats.shape[1] * stats.shape[2])
 
 
 def _aligned(params, dims, ndim):

@@ -63,6 +63,19 @@ def test_without_gradients_no_statistics_are_asked_for():
     assert node.args[7] is False  # save_stats
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_transforms_inside(name):
+    x, w, b = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
+
+    def cubed(x):
+        y = FUNCTIONS[name](x, w, b)
+        return sum((t**3).sum() for t in ([y] if isinstance(y, torch.Tensor) else y))
+
+    for transformed in (torch.func.grad(cubed), torch.vmap(torch.func.grad(cubed)), torch.func.jacrev(cubed)):
+        compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), transformed(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("module", [lnc.LayerNorm, lnc.RMSNorm])
 def test_module(module):
     norm = module(8)

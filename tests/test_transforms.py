@@ -138,6 +138,12 @@ def test_vmap(rms, dims):
     both(rms, lambda f: vmap(jacfwd(grad(cubed(f)), 1), dims), *args)
 
 
+def test_vmap_of_nothing(rms, w, b):
+    x = torch.zeros(0, 3, H, dtype=F64)
+    both(rms, lambda f: vmap(f, (0, None, None)), x, w, b)
+    both(rms, lambda f: vmap(grad(cubed(f), (0, 1)), (0, None, None)), x, w, b)
+
+
 def test_vmap_of_vmap(rms, w, b):
     x = torch.randn(2, 4, 3, H, dtype=F64)
     both(rms, lambda f: vmap(vmap(f, (0, None, None)), (1, None, None)), x, w, b)
