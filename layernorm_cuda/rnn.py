@@ -152,7 +152,7 @@ class LayerNormLSTM(nn.Module):
             raise ValueError(f"LayerNormLSTM: proj_size={proj_size} is not supported, expected 0")
         if num_layers <= 0:
             raise ValueError("num_layers must be greater than zero")
-        if not 0 <= dropout <= 1:
+        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout should be a number in range [0, 1], the probability of zeroing, got {dropout}")
         if dropout > 0 and num_layers == 1:
             warnings.warn(
@@ -173,6 +173,9 @@ class LayerNormLSTM(nn.Module):
     def reset_parameters(self) -> None:
         for cell in self.cells:
             cell.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Nothing: there is one because :class:`torch.nn.LSTM` has one, which code calls before forward."""
 
     def forward(self, input, hx=None):
         if isinstance(input, PackedSequence):

@@ -187,6 +187,7 @@ def test_module_surface():
     assert all(p.abs().max() <= bound for name, p in lstm.named_parameters() if "weight_" in name)
     assert not any("bias" in name for name in lnc.LayerNormLSTM(5, 6, bias=False).state_dict())
     lstm.reset_parameters()
+    lstm.flatten_parameters()
     copy = lnc.LayerNormLSTM(5, 6, 2, batch_first=True)
     copy.load_state_dict(lstm.state_dict())
     x = torch.randn(2, 3, 5)
@@ -202,6 +203,8 @@ def test_errors():
         lnc.LayerNormLSTMCell(4, 0)
     with pytest.raises(ValueError, match="dropout"):
         lnc.LayerNormLSTM(4, 6, 2, dropout=1.5)
+    with pytest.raises(ValueError, match="dropout"):
+        lnc.LayerNormLSTM(4, 6, 2, dropout=True)
     lstm, cell = lnc.LayerNormLSTM(4, 6), lnc.LayerNormLSTMCell(4, 6)
     with pytest.raises(RuntimeError, match="input has 5 features, expected input_size=4"):
         lstm(torch.randn(3, 2, 5))
