@@ -20,6 +20,8 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import functional
@@ -28,6 +30,7 @@ from .modules import LayerNorm, RMSNorm, one_plus
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 _HALF = (torch.float16, torch.bfloat16)
+_LONGEST_PROBE = 2**20
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0)  # for classes that write it into their forward
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _BEFORE = "_layernorm_cuda_before"
@@ -96,6 +99,10 @@ def restore_norms(model: nn.Module) -> list[Replacement]:
         if before is None:
             if isinstance(module, (LayerNorm, RMSNorm)):
                 report.append(Replacement(name, ours, ours, False, "not put here by replace_norms"))
+        elif "forward" in vars(module):
+            report.append(
+                Replacement(name, ours, ours, False, "its forward was replaced on the instance; undo that first")
+            )
         elif ours in (LayerNorm, RMSNorm) or "recipe" in vars(ours):
             module.__class__ = before
             del module.__dict__[_BEFORE]
@@ -116,7 +123,8 @@ def _looks_like_a_norm(name: str, module: nn.Module) -> bool:
 
 
 def _eps_names(module: nn.Module) -> list[str]:
-    return [name for name, value in vars(module).items() if type(value) in (int, float) and re.search("(^|_)eps", name)]
+    kinds = (int, float, type(None))  # None: nn.RMSNorm's default
+    return [name for name, value in vars(module).items() if type(value) in kinds and re.search("(^|_)eps", name)]
 
 
 def _counterpart(module: nn.Module, recognised: dict) -> tuple[type | None, str]:
@@ -137,6 +145,8 @@ def _counterpart(module: nn.Module, recognised: dict) -> tuple[type | None, str]
         return LayerNorm, ""
     if kind is nn.RMSNorm:
         return RMSNorm, ""
+    if any(map(is_lazy, _tensors(module).values())):
+        return None, "its parameters are not initialised yet"
     own = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
     tensors = [(name, t.shape, t.device) for name, t in _tensors(module).items()]
     key = repr((id(kind), own, tensors))
@@ -151,6 +161,17 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def _normalized_shape(module: nn.Module, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+    shape = getattr(module, "normalized_shape", otherwise)
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def _row(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a row under parameters of ``shape``: [1, H] says no more than [H]."""
+    first = next((i for i, size in enumerate(shape) if size != 1), len(shape) - 1)
+    return tuple(shape[max(first, 0) :])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to compute what a foreign norm computes, from its own attributes."""
@@ -161,13 +182,15 @@ class Recipe:
     eps: str | float
     zero_centered: bool
     output: str  # a key of _OUTPUT_DTYPES
+    autocast: bool = True  # whether the output's dtype is the same under CUDA autocast; if not, theirs runs there
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = None if self.weight is None else getattr(module, self.weight)
         bias = None if self.bias is None else getattr(module, self.bias)
         eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
         params = weight if weight is not None else bias
-        shape = tuple(getattr(module, "normalized_shape", x.shape[-1:])) if params is None else params.shape
+        shape = _normalized_shape(module, x.shape[-1:]) if params is None else _row(params.shape)
+        weight, bias = (t if t is None or t.shape == shape else t.reshape(shape) for t in (weight, bias))
         dtype = x.dtype if params is None else _OUTPUT_DTYPES[self.output](x.dtype, params.dtype)
         scale = one_plus(weight) if self.zero_centered else weight
         return functional.norm_to(dtype, x, shape, scale, bias, eps, self.rms)
@@ -192,11 +215,16 @@ class Converted:
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
+        if not self.recipe.autocast and x.is_cuda and torch.is_autocast_enabled("cuda"):
+            return super().forward(x)
         return self.recipe(self, x)
 
     def __reduce_ex__(self, protocol):
+        if "recipe" not in vars(type(self)):  # its class was changed again since
+            return super().__reduce_ex__(protocol)
         # The subclass was made at run time: pickle and deepcopy make it again.
-        return _new_converted, (self.__dict__[_BEFORE], self.recipe), self.__dict__
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _new_converted, (self.__dict__[_BEFORE], self.recipe), state
 
 
 @cache
@@ -218,12 +246,19 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
     shapes = {tuple(tensor.shape) for tensor in tensors.values()}
     if len(tensors) > 2 or len(shapes) > 1:
         return None, f"has more than a weight and a bias of one shape: {', '.join(tensors)}"
-    shape = shapes.pop() if shapes else tuple(getattr(module, "normalized_shape", (24,)))
-    if not shape or math.prod(shape) == 0:
+    own = shapes.pop() if shapes else _normalized_shape(module, (24,))
+    if not own or math.prod(own) == 0:
         return None, "its parameters have no elements to normalise over"
+    if math.prod(own) > _LONGEST_PROBE:
+        return None, f"its parameters have more than {_LONGEST_PROBE} elements, which is too much to try"
+    shape = _row(own)
+    if 1 in shape[1:]:
+        return None, f"its parameters, of shape {own}, may be meant for rows of more elements than they have"
 
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
-    probe = _Probe(module, shape, list(tensors), torch.device("cpu") if device.type == "meta" else device)
+    probe = _Probe(
+        module, shape, {name: own for name in tensors}, torch.device("cpu") if device.type == "meta" else device
+    )
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -236,11 +271,15 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
             probe.theirs(probe.rows(1.0))
         except Exception as error:
             return None, f"fails on an input of shape {(6, *shape)}: {type(error).__name__}"
+        if probe.changed:
+            return None, f"its forward sets attributes: {', '.join(probe.changed)}"
         names = [*tensors, None]
         for eps in _eps_names(module) or _USUAL_EPS:
             for rms, weight, bias in itertools.product((True, False), names, names):
                 if not module._parameters.keys() & tensors.keys() <= {weight, bias}:
                     continue  # a buffer may lie unused
+                if not rms and isinstance(eps, str) and getattr(module, eps) is None:
+                    continue
                 for zero_centered in (False, True) if weight else (False,):
                     recipe = Recipe(rms, weight, bias, eps, zero_centered, "input")
                     if probe.agrees(recipe, torch.float32):
@@ -254,31 +293,37 @@ class _Probe:
     The copy shares nothing that forward could change, and no hook of the module runs.
     """
 
-    def __init__(self, module: nn.Module, shape: tuple[int, ...], names: list[str], device: torch.device):
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], tensors: dict[str, tuple], device: torch.device):
         self.module, self.shape, self.device = module, shape, device
         random = torch.Generator().manual_seed(0)
 
         def draw(*size: int) -> Tensor:  # whatever the default dtype and device are here
             return torch.randn(*size, generator=random, dtype=torch.float32, device="cpu").to(device)
 
-        self.tensors = {name: draw(*shape) / 4 + 0.75 for name in names}
+        self.tensors = {name: draw(*own) / 4 + 0.75 for name, own in tensors.items()}
         self.noise = draw(6, *shape)
 
-    def rows(self, eps: float) -> Tensor:
+    def rows(self, eps: float | None) -> Tensor:
         """Six rows: with means away from 0, some large, and some so small that eps decides."""
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
         scale = torch.tensor([1.0, 1.0, 30.0, 2.0, 0.5, 0.1], dtype=torch.float32, device=self.device)
         scale[3:] *= math.sqrt(eps) if eps > 0 else 1e-3
         return (self.noise + 0.5) * scale.reshape(-1, *[1] * len(self.shape))
 
-    def _run(self, forward, x, dtype, training):
-        """(output, gradients of the input and of the parameters)"""
+    def _copy(self, tensors, training):
         copy = object.__new__(type(self.module))
-        tensors = {name: t.to(dtype, copy=True).requires_grad_() for name, t in self.tensors.items()}
         missing = dict.fromkeys([*self.module._parameters, *self.module._buffers])
         copy.__dict__.update(vars(self.module))
         copy.__dict__.update(_parameters={**missing, **tensors}, _buffers={}, training=training)
-        x = x.clone().requires_grad_()
+        return copy
+
+    def _run(self, forward, x, dtype, training):
+        """(output, gradients of the input and of the parameters)"""
+        tensors = {name: t.to(dtype, copy=True).requires_grad_() for name, t in self.tensors.items()}
+        copy = self._copy(tensors, training)
+        x, before = x.clone().requires_grad_(), dict(vars(copy))
         output = forward(copy, x)
+        self.changed = [name for name, value in vars(copy).items() if value is not before.get(name, copy)]
         if not output.requires_grad or output.shape != x.shape:
             return output, ()
         upstream = self.noise.flip(0).reshape(x.shape).to(output.dtype)
@@ -331,7 +376,28 @@ class _Probe:
             with torch.autocast(self.device.type, torch.bfloat16):
                 if not self.agrees(known, torch.float32):
                     return None, "differs from ours under autocast"
-        return known, ""
+        return replace(known, autocast=self._same_under_cuda_autocast(known)), ""
+
+    def _same_under_cuda_autocast(self, recipe: Recipe) -> bool:
+        """Whether theirs gives outputs of the recipe's dtype there. Tensors without data show it, on any machine."""
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        try:
+            torch.set_autocast_enabled("cuda", True)
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            with FakeTensorMode():
+                return all(self._same_dtype(recipe, x, weight) for x in _DTYPES for weight in _DTYPES)
+        finally:
+            torch.set_autocast_enabled("cuda", enabled)
+            torch.set_autocast_dtype("cuda", dtype)
+
+    def _same_dtype(self, recipe: Recipe, x_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+        expected = _OUTPUT_DTYPES[recipe.output](x_dtype, dtype) if self.tensors else x_dtype
+        try:
+            tensors = {name: torch.empty(t.shape, dtype=dtype, device="cuda") for name, t in self.tensors.items()}
+            x = torch.empty(6, *self.shape, dtype=x_dtype, device="cuda")
+            return type(self.module).forward(self._copy(tensors, False), x).dtype == expected
+        except Exception:
+            return True  # nor does it run there
 
 
 # ---- direct calls ---------------------------------------------------------------------------------------------------

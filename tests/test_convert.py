@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import pickle
 import re
 import threading
 from contextlib import contextmanager
@@ -114,6 +115,41 @@ class DetachedNorm(nn.LayerNorm):
         return (x - mean.detach()) / (var.detach() + self.eps).sqrt() * self.weight + self.bias
 
 
+class RememberingNorm(nn.LayerNorm):
+    last = None
+
+    def forward(self, x):
+        self.last = x.detach()
+        return super().forward(x)
+
+
+class DefaultEps(nn.RMSNorm):
+    pass
+
+
+class BroadcastNorm(nn.Module):
+    """Over the last of the dimensions where the weight has more than one element."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(shape)), 1e-6
+        self.dim = next(i for i in reversed(range(-len(shape), 0)) if shape[i] != 1)
+
+    def forward(self, x):
+        wide = x.float()
+        rstd = (wide.square().mean(self.dim, keepdim=True) + self.eps).rsqrt()
+        return (wide * rstd * self.weight.float()).to(x.dtype)
+
+
+class IntShape(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.normalized_shape, self.eps = size, 1e-5
+
+    def forward(self, x):
+        return F.layer_norm(x, (self.normalized_shape,), eps=self.eps)
+
+
 class NoisyInTraining(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x + torch.randn_like(x) if self.training else x)
@@ -168,6 +204,9 @@ KNOWN = {
     "other names": lambda: ScaledNorm(24),
     "buffer not used": lambda: WeightlessNorm(24),
     "subclass": lambda: PlainSubclass(24),
+    "subclass, eps=None": lambda: DefaultEps(24),
+    "weight of [1, H]": lambda: BroadcastNorm(1, 24),
+    "normalized_shape an int": lambda: IntShape(24),
     "subclass, float32 inside": lambda: FloatLayerNorm(24),
 }
 UNKNOWN = {
@@ -175,6 +214,10 @@ UNKNOWN = {
     "std plus eps": (lambda: StdNorm(8), "something else"),
     "gated": (lambda: GatedNorm(8), "more than the input"),
     "channels first": (lambda: ChannelsFirst(8), "something else|differs|fails"),
+    "broadcast over positions": (lambda: BroadcastNorm(8, 1, 1), "rows of more elements"),
+    "of three dimensions at least": (lambda: BroadcastNorm(1, 1, 8), "something else|differs"),
+    "too large to try": (lambda: BroadcastNorm(2**20 + 1), "too much to try"),
+    "remembering": (lambda: RememberingNorm(8), "sets attributes: last"),
     "detached": (lambda: DetachedNorm(8), "something else"),
     "noisy": (lambda: NoisyInTraining(8), "in training"),
     "dtype": (lambda: OtherDtype(8, eps=1e-6), "dtype of the output"),
@@ -270,7 +313,7 @@ def test_the_probe_leaves_no_trace():
     random = torch.get_rng_state()
     with torch.no_grad():
         (report,) = lnc.replace_norms(module)
-    assert report.replaced
+    assert report.reason == "its forward sets attributes: calls"
     assert (ran, module.calls, module.weight.grad) == ([], 0, None)
     assert torch.equal(torch.get_rng_state(), random)
     with torch.inference_mode():
@@ -283,6 +326,13 @@ def test_the_probe_leaves_no_trace():
         assert lnc.replace_norms(ApexLike(8))[0].replaced
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_lazy_modules():
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LayerNorm(8))
+    lazy, norm = lnc.replace_norms(model)
+    assert "not initialised" in lazy.reason
+    assert norm.replaced
 
 
 def test_modules_without_norms():
@@ -381,6 +431,34 @@ def test_restore():
     assert lnc.restore_norms(model) == []
 
 
+def test_restore_leaves_a_forward_of_the_instance():
+    module = KNOWN["Llama"]()
+    lnc.replace_norms(module)
+    inner = module.forward
+    module.forward = lambda x: inner(x)  # as accelerate's hooks do
+    assert "on the instance" in lnc.restore_norms(module)[0].reason
+    module(torch.randn(2, 24))
+    del module.forward
+    assert lnc.restore_norms(module)[0].replaced
+
+
+def test_dtype_under_cuda_autocast():
+    """Tensors without data: what theirs gives there is known on any machine."""
+    same = {"T5": True, "Llama": True, "Gemma": True, "subclass": False}
+    for name, expected in same.items():
+        module = KNOWN[name]()
+        lnc.replace_norms(module)
+        assert module.recipe.autocast is expected, name
+
+
+def test_tracing_with_a_weight_of_another_dtype():
+    module = transformers_norm("nemotron", "NemotronLayerNorm1P", 24).bfloat16()
+    x = torch.randn(2, 24).bfloat16()
+    expected = module(x)
+    lnc.replace_norms(module)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), expected)
+
+
 def test_restore_after_another_change_of_class():
     model = nn.Sequential(nn.LayerNorm(8))
     lnc.replace_norms(model)
@@ -408,6 +486,17 @@ def test_copied_and_saved(make):
         assert lnc.restore_norms(other)[0].replaced
         assert type(other) is make
     assert type(module) is not make
+
+
+def test_saved_as_the_original_is():
+    """Compiled, it leaves what was compiled behind; parametrized, it refuses."""
+    module = KNOWN["Llama"]()
+    lnc.replace_norms(module)
+    module.compile(backend="eager")
+    assert type(pickle.loads(pickle.dumps(module))) is type(module)
+    parametrize.register_parametrization(module, "weight", nn.Softplus())
+    with pytest.raises(RuntimeError, match="parametrized"):
+        pickle.dumps(module)
 
 
 def test_dtype_and_device_changes_after():
