@@ -271,8 +271,6 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
             probe.theirs(probe.rows(1.0))
         except Exception as error:
             return None, f"fails on an input of shape {(6, *shape)}: {type(error).__name__}"
-        if probe.changed:
-            return None, f"its forward sets attributes: {', '.join(probe.changed)}"
         names = [*tensors, None]
         for eps in _eps_names(module) or _USUAL_EPS:
             for rms, weight, bias in itertools.product((True, False), names, names):
@@ -302,6 +300,7 @@ class _Probe:
 
         self.tensors = {name: draw(*own) / 4 + 0.75 for name, own in tensors.items()}
         self.noise = draw(6, *shape)
+        self.changed: set[str] = set()  # attributes that forward has set
 
     def rows(self, eps: float | None) -> Tensor:
         """Six rows: with means away from 0, some large, and some so small that eps decides."""
@@ -323,7 +322,7 @@ class _Probe:
         copy = self._copy(tensors, training)
         x, before = x.clone().requires_grad_(), dict(vars(copy))
         output = forward(copy, x)
-        self.changed = [name for name, value in vars(copy).items() if value is not before.get(name, copy)]
+        self.changed.update(name for name, value in vars(copy).items() if value is not before.get(name, copy))
         if not output.requires_grad or output.shape != x.shape:
             return output, ()
         upstream = self.noise.flip(0).reshape(x.shape).to(output.dtype)
@@ -366,6 +365,8 @@ class _Probe:
             if not self.agrees(recipe, torch.float32, leading=leading, training=training):
                 mode = "training" if training else "inference"
                 return None, f"differs from ours on an input of shape {(*leading, *self.shape)} in {mode}"
+        if self.changed:
+            return None, f"its forward sets attributes: {', '.join(sorted(self.changed))}"
         for rule in _OUTPUT_DTYPES:
             known = replace(recipe, output=rule)
             if all(self.agrees(known, x, weight) for x in _DTYPES for weight in _DTYPES):

@@ -119,7 +119,8 @@ class RememberingNorm(nn.LayerNorm):
     last = None
 
     def forward(self, x):
-        self.last = x.detach()
+        if self.training:
+            self.last = x.detach()
         return super().forward(x)
 
 
