@@ -168,8 +168,7 @@ def _normalized_shape(module: nn.Module, otherwise: tuple[int, ...]) -> tuple[in
 
 def _row(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a row under parameters of ``shape``: [1, H] says no more than [H]."""
-    first = next((i for i, size in enumerate(shape) if size != 1), len(shape) - 1)
-    return tuple(shape[max(first, 0) :])
+    return shape[next((i for i, size in enumerate(shape) if size != 1), len(shape) - 1) :]
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,8 @@ class Recipe:
     bias: str | None
     eps: str | float
     zero_centered: bool
-    output: str  # a key of _OUTPUT_DTYPES
+    dims: int  # of a row
+    output: str = "input"  # a key of _OUTPUT_DTYPES
     autocast: bool = True  # whether the output's dtype is the same under CUDA autocast; if not, theirs runs there
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ class Recipe:
         bias = None if self.bias is None else getattr(module, self.bias)
         eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
         params = weight if weight is not None else bias
-        shape = _normalized_shape(module, x.shape[-1:]) if params is None else _row(params.shape)
-        weight, bias = (t if t is None or t.shape == shape else t.reshape(shape) for t in (weight, bias))
+        shape = _normalized_shape(module, x.shape[-1:]) if params is None else params.shape[-self.dims :]
+        weight, bias = (t if t is None or t.dim() == self.dims else t.reshape(shape) for t in (weight, bias))
         dtype = x.dtype if params is None else _OUTPUT_DTYPES[self.output](x.dtype, params.dtype)
         scale = one_plus(weight) if self.zero_centered else weight
         return functional.norm_to(dtype, x, shape, scale, bias, eps, self.rms)
@@ -279,7 +279,7 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
                 if not rms and isinstance(eps, str) and getattr(module, eps) is None:
                     continue
                 for zero_centered in (False, True) if weight else (False,):
-                    recipe = Recipe(rms, weight, bias, eps, zero_centered, "input")
+                    recipe = Recipe(rms, weight, bias, eps, zero_centered, len(shape))
                     if probe.agrees(recipe, torch.float32):
                         return probe.confirm(recipe)
     return None, "computes something else than layer or RMS normalisation of each row"

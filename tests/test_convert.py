@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import threading
+import warnings
 from contextlib import contextmanager
 from unittest import mock
 
@@ -457,7 +458,10 @@ def test_tracing_with_a_weight_of_another_dtype():
     x = torch.randn(2, 24).bfloat16()
     expected = module(x)
     lnc.replace_norms(module)
-    torch.testing.assert_close(torch.jit.trace(module, x)(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(module, x)
+    torch.testing.assert_close(traced(x), expected)
 
 
 def test_restore_after_another_change_of_class():
