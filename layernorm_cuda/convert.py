@@ -187,13 +187,15 @@ class Recipe:
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = None if self.weight is None else getattr(module, self.weight)
         bias = None if self.bias is None else getattr(module, self.bias)
-        eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
         params = weight if weight is not None else bias
         shape = _normalized_shape(module, x.shape[-1:]) if params is None else params.shape[-self.dims :]
         weight, bias = (t if t is None or t.dim() == self.dims else t.reshape(shape) for t in (weight, bias))
         dtype = x.dtype if params is None else _OUTPUT_DTYPES[self.output](x.dtype, params.dtype)
         scale = one_plus(weight) if self.zero_centered else weight
-        return functional.norm_to(dtype, x, shape, scale, bias, eps, self.rms)
+        return functional.norm_to(dtype, x, shape, scale, bias, self.eps_of(module), self.rms)
+
+    def eps_of(self, module: nn.Module) -> float | None:
+        return getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
 
 
 def _weight_if_half(x: torch.dtype, weight: torch.dtype) -> torch.dtype:
@@ -256,9 +258,7 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
         return None, f"its parameters, of shape {own}, may be meant for rows of more elements than they have"
 
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
-    probe = _Probe(
-        module, shape, {name: own for name in tensors}, torch.device("cpu") if device.type == "meta" else device
-    )
+    probe = _Probe(module, shape, torch.device("cpu") if device.type == "meta" else device)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -271,13 +271,11 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
             probe.theirs(probe.rows(1.0))
         except Exception as error:
             return None, f"fails on an input of shape {(6, *shape)}: {type(error).__name__}"
-        names = [*tensors, None]
+        names, parameters = [*tensors, None], module._parameters.keys() & tensors.keys()
         for eps in _eps_names(module) or _USUAL_EPS:
             for rms, weight, bias in itertools.product((True, False), names, names):
-                if not module._parameters.keys() & tensors.keys() <= {weight, bias}:
+                if not parameters <= {weight, bias}:
                     continue  # a buffer may lie unused
-                if not rms and isinstance(eps, str) and getattr(module, eps) is None:
-                    continue
                 for zero_centered in (False, True) if weight else (False,):
                     recipe = Recipe(rms, weight, bias, eps, zero_centered, len(shape))
                     if probe.agrees(recipe, torch.float32):
@@ -291,14 +289,14 @@ class _Probe:
     The copy shares nothing that forward could change, and no hook of the module runs.
     """
 
-    def __init__(self, module: nn.Module, shape: tuple[int, ...], tensors: dict[str, tuple], device: torch.device):
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], device: torch.device):
         self.module, self.shape, self.device = module, shape, device
         random = torch.Generator().manual_seed(0)
 
         def draw(*size: int) -> Tensor:  # whatever the default dtype and device are here
             return torch.randn(*size, generator=random, dtype=torch.float32, device="cpu").to(device)
 
-        self.tensors = {name: draw(*own) / 4 + 0.75 for name, own in tensors.items()}
+        self.tensors = {name: draw(*t.shape) / 4 + 0.75 for name, t in _tensors(module).items()}
         self.noise = draw(6, *shape)
         self.changed: set[str] = set()  # attributes that forward has set
 
@@ -333,7 +331,9 @@ class _Probe:
 
     def agrees(self, recipe: Recipe, x_dtype, dtype=torch.float32, leading=(6,), training=False) -> bool:
         """Whether value, dtype and gradients agree where theirs works at all."""
-        eps = getattr(self.module, recipe.eps) if isinstance(recipe.eps, str) else recipe.eps
+        eps = recipe.eps_of(self.module)
+        if eps is None and not recipe.rms:
+            return False
         x = self.rows(eps).reshape(*leading, *self.shape).to(x_dtype)
         try:
             theirs, their_grads = self.theirs(x, dtype, training)

@@ -77,7 +77,7 @@ def rms_norm(
     try:
         if not _is_ours(input):
             return torch.rms_norm(input, normalized_shape, weight, eps)
-        return _norm(input, None, normalized_shape, weight, None, _rms_eps(input, eps), True)[0]
+        return _norm(input, None, normalized_shape, weight, None, eps, True)[0]
     except (TypeError, AttributeError, RuntimeError):
         _explain("rms_norm", normalized_shape, 0.0 if eps is None else eps, input=input, weight=weight)
         raise
@@ -146,7 +146,7 @@ def add_rms_norm(
         if not _is_ours(input):
             total = input + residual
             return torch.rms_norm(total, normalized_shape, weight, eps), total
-        return _norm(input, residual, normalized_shape, weight, None, _rms_eps(input, eps, residual), True)
+        return _norm(input, residual, normalized_shape, weight, None, eps, True)
     except (TypeError, AttributeError, RuntimeError):
         eps = 0.0 if eps is None else eps
         _explain("add_rms_norm", normalized_shape, eps, input=input, residual=residual, weight=weight)
@@ -155,6 +155,8 @@ def add_rms_norm(
 
 def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None):
     """(output, sum), differentiable: what `_ops.norm`, tried first, has not taken as it was."""
+    if rms:
+        eps = _rms_eps(input, eps, residual)
     if dtype is None and input.is_cuda and input.dtype in _HALF and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
     if is_compiling():
@@ -180,13 +182,11 @@ def norm_to(dtype, input, normalized_shape, weight, bias, eps, rms):
             return torch.rms_norm(input, normalized_shape, weight, eps).to(dtype)
         return torch.layer_norm(input, normalized_shape, weight, bias, eps).to(dtype)
     wide = accumulate_dtype(input.dtype)
-    if rms:
-        eps = _rms_eps(input, eps)
     output, _ = _norm(input, None, normalized_shape, weight, bias, eps, rms, dtype if dtype == input.dtype else wide)
     return output.to(dtype)
 
 
-def _rms_eps(input, eps, residual=None):
+def _rms_eps(input, eps, residual):
     if eps is not None:
         return eps
     dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
