@@ -62,7 +62,7 @@ struct ForwardPlan {
   bool split_columns;        // few long rows: threads share a row
   int64_t group;             // rows whose statistics are taken before the first is normalised
   bool past;                 // outputs go to memory past the caches: none would still be there when they are read
-  bool given;                // weight and bias are there and of the input's dtype: read as they are
+  bool given;                // weight and bias are of the input's dtype, or not there: read as they are
   int64_t parameters_bytes;  // otherwise, workspace for them as the kernels want them,
   int64_t workspace;         // and behind them each chunk's Moments
 
@@ -76,9 +76,8 @@ struct ForwardPlan {
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
     plan.past = bytes >= kCache && misaligned % 64 == 0;
-    const bool both = p.weight && p.bias;
-    plan.given = both && p.param_dtype == p.dtype;
-    const bool as_is = plan.given || (both && reads_parameters(p));
+    plan.given = p.weight ? p.param_dtype == p.dtype : !p.bias;
+    const bool as_is = plan.given || (p.weight && p.bias && reads_parameters(p));
     plan.parameters_bytes = as_is ? 0 : 2 * padded(p.cols) * size_of(accumulate_type(p.dtype));
     plan.workspace = plan.parameters_bytes + (plan.split_columns ? p.rows * plan.chunks * int64_t{sizeof(Moments)} : 0);
     return plan;

@@ -61,7 +61,8 @@ class Forward {
         const A about = pivot(first);
         const auto moments = [&](int64_t c) { return moments_of(first, c, about, kept); };
         const Terms t = finish(first, about, pairwise(0, plan.chunks, moments));
-        normalise(first, 0, p.cols, t, again(first, 0, about));
+        with_parameters(0, [&](const auto& weights, const auto& biases)
+                               LNC_LAMBDA { normalise(first, 0, p.cols, t, again(first, 0, about), weights, biases); });
         continue;
       }
       for (int64_t r = 0; r < rows; r++) {
@@ -71,13 +72,8 @@ class Forward {
                         : first_look<N == Norm::layer>(first + r, 0, pivots[r], kept + r * stride);
       }
       for (int64_t r = 0; r < rows; r++) terms[r] = terms_of(first + r, pivots[r], looks[r], kept + r * stride);
-      for (int64_t r = 0; r < rows; r++)
-        if (kKeeps || past_sum)
-          normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride});
-        else if (terms[r].pivot == 0)
-          normalise(first + r, 0, p.cols, terms[r], Elements<V, T>{source(first + r)});
-        else
-          normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, terms[r].pivot));
+      with_parameters(0, [&](const auto& weights, const auto& biases)
+                             LNC_LAMBDA { normalise_group(first, rows, terms, kept, weights, biases); });
     }
     if (plan.past) fence();
   }
@@ -97,7 +93,10 @@ class Forward {
     for_ranges(parallel, p.rows * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / plan.chunks, start = i % plan.chunks * kChunk;
-        normalise(row, start, start + chunk_size(i % plan.chunks), terms[row], again(row, start, terms[row].pivot));
+        with_parameters(start, [&](const auto& weights, const auto& biases) LNC_LAMBDA {
+          normalise(row, start, start + chunk_size(i % plan.chunks), terms[row], again(row, start, terms[row].pivot),
+                    weights, biases);
+        });
       }
       if (plan.past) fence();
     });
@@ -271,27 +270,49 @@ class Forward {
     return scaled(pivot, m, scale);
   }
 
+  // Calls body with the weight and the bias from a column on.
+  template <class Body>
+  LNC_INLINE void with_parameters(int64_t begin, const Body& body) const {
+    using Given = Elements<V, T>;
+    using Made = std::conditional_t<std::is_same_v<T, A>, Given, Buffer<V, A>>;
+    const T* const w = static_cast<const T*>(p.weight);
+    if (!plan.given)
+      body(Made{weight + begin}, Made{bias + begin});
+    else if (p.bias)
+      body(Given{w + begin}, Given{static_cast<const T*>(p.bias) + begin});
+    else if (w)
+      body(Given{w + begin}, Constant<V, 0>{});
+    else
+      body(Constant<V, 1>{}, Constant<V, 0>{});
+  }
+
+  // A group of rows of one chunk.
+  template <class Weights, class Biases>
+  LNC_NOINLINE void normalise_group(int64_t first, int64_t rows, const Terms* terms, const A* kept,
+                                    const Weights& weights, const Biases& biases) const {
+    const int64_t stride = padded(p.cols);
+    for (int64_t r = 0; r < rows; r++)
+      if (kKeeps || past_sum)
+        normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride}, weights, biases);
+      else if (terms[r].pivot == 0)
+        normalise(first + r, 0, p.cols, terms[r], Elements<V, T>{source(first + r)}, weights, biases);
+      else
+        normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, terms[r].pivot), weights, biases);
+  }
+
   // Columns [begin, end) of a row, from their deviations. Meanwhile the next group is fetched, where rows are adjacent.
-  template <class Values>
-  LNC_INLINE void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values) const {
+  template <class Values, class Weights, class Biases>
+  LNC_INLINE void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values,
+                            const Weights& weights, const Biases& biases) const {
     if (plan.past)
-      normalise<true>(row, begin, end, t, values);
+      normalise<true>(row, begin, end, t, values, weights, biases);
     else
-      normalise<false>(row, begin, end, t, values);
+      normalise<false>(row, begin, end, t, values, weights, biases);
   }
 
-  template <bool Past, class Values>
-  LNC_INLINE void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values) const {
-    if (plan.given)
-      normalise<Past>(row, begin, end, t, values, Elements<V, T>{static_cast<const T*>(p.weight) + begin},
-                      Elements<V, T>{static_cast<const T*>(p.bias) + begin});
-    else
-      normalise<Past>(row, begin, end, t, values, Buffer<V, A>{weight + begin}, Buffer<V, A>{bias + begin});
-  }
-
-  template <bool Past, class Values, class Parameter>
-  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values,
-                 const Parameter& weights, const Parameter& biases) const {
+  template <bool Past, class Values, class Weights, class Biases>
+  void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values, const Weights& weights,
+                 const Biases& biases) const {
     O* const y = static_cast<O*>(p.output) + row * p.cols + begin;
     const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
     const T* const x = far ? input(row) + begin : nullptr;

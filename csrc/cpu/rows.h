@@ -29,6 +29,15 @@ struct Buffer {
   }
 };
 
+// Vectors of a parameter that is not there.
+template <class V, int value>
+struct Constant {
+  template <class Where>
+  LNC_INLINE V operator()(int64_t, Where) const {
+    return set<V>(value);
+  }
+};
+
 template <class V>
 struct Accumulators {
   V v[kUnroll<V>] = {};

@@ -159,7 +159,9 @@ class Check {
     p.input_rows = p.residual_rows = map;
     p.rows = count, p.cols = cols, p.eps = c.eps, p.norm = c.norm;
     p.dtype = c.dtype, p.param_dtype = c.param_dtype, p.output_dtype = c.output_dtype;
-    std::vector<char> workspace(static_cast<size_t>(cpu::ForwardPlan::of(p).workspace + 64), 0x7f);
+    const auto plan = cpu::ForwardPlan::of(p);
+    expect(c.weight || c.bias || plan.split_columns || plan.workspace == 0, "workspace for nothing", c);
+    std::vector<char> workspace(static_cast<size_t>(plan.workspace + 64), 0x7f);
     p.workspace = workspace.data();
     kernels.forward(p, in_pieces);
   }
