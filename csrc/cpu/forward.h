@@ -116,7 +116,8 @@ class Forward {
     if (N == Norm::rms) return 0;
     if (!p.residual) return first_of(input(row));
     // Not from the sum: another thread may be writing it.
-    const V v = rounded<T>(set<V>(first_of(input(row)) + first_of(residual(row))));
+    const T* const sum = nullptr;
+    const V v = value(sum, stored(sum, set<V>(first_of(input(row)) + first_of(residual(row)))));
     return read<A>(&v);
   }
 
@@ -159,9 +160,8 @@ class Forward {
       T* const to = sum_row(row) + start;
       const bool past = past_sum;
       return look(n, [=](int64_t i, auto where) LNC_LAMBDA {
-        const V v = load<V>(x + i, where) + load<V>(r + i, where);
-        store(to + i, v, where, past);
-        return keeping(kKeeps || past, i, where, rounded<T>(v));
+        const V v = store_rounded(to + i, load<V>(x + i, where) + load<V>(r + i, where), where, past);
+        return keeping(kKeeps || past, i, where, v);
       });
     }
     return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return keeping(kKeeps, i, where, load<V>(x + i, where)); });

@@ -38,6 +38,7 @@ using I = VectorOf<int32_t>::type;
 using U = VectorOf<uint32_t>::type;
 #ifdef LNC_VECTOR_BYTES
 typedef uint16_t Half __attribute__((vector_size(LNC_VECTOR_BYTES / 2)));
+typedef uint16_t Words __attribute__((vector_size(LNC_VECTOR_BYTES)));
 #else
 using Half = uint16_t;
 #endif
@@ -135,6 +136,9 @@ LNC_INLINE double sum(F v) {
   const __m256 low = _mm512_castps512_ps256((__m512)v), high = (__m256)_mm512_extractf64x4_pd((__m512d)v, 1);
   return sum((D)_mm512_cvtps_pd(low) + (D)_mm512_cvtps_pd(high));
 }
+LNC_INLINE Words upper_halves(U even, U odd) { return as<Words>((even >> 16) | (odd & 0xffff0000)); }
+LNC_INLINE Words lower_halves(U even, U odd) { return as<Words>((even & 0xffff) | (odd << 16)); }
+LNC_INLINE Words minus_saturated(Words a, Words b) { return (Words)_mm512_subs_epu16((__m512i)a, (__m512i)b); }
 LNC_INLINE I spread(Half h) { return (I)_mm512_cvtepu16_epi32((__m256i)h); }
 LNC_INLINE Half pack(I v) { return (Half)_mm512_cvtepi32_epi16((__m512i)v); }
 LNC_INLINE F widen(f16, Half h) { return (F)_mm512_cvtph_ps((__m256i)h); }
@@ -151,7 +155,13 @@ LNC_INLINE double sum(F v) {
   const __m128 low = _mm256_castps256_ps128((__m256)v), high = _mm256_extractf128_ps((__m256)v, 1);
   return sum((D)_mm256_cvtps_pd(low) + (D)_mm256_cvtps_pd(high));
 }
-LNC_INLINE U upper_halves(U even, U odd) { return (U)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa); }
+LNC_INLINE Words upper_halves(U even, U odd) {
+  return (Words)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
+}
+LNC_INLINE Words lower_halves(U even, U odd) {
+  return (Words)_mm256_blend_epi16((__m256i)even, (__m256i)(odd << 16), 0xaa);
+}
+LNC_INLINE Words minus_saturated(Words a, Words b) { return (Words)_mm256_subs_epu16((__m256i)a, (__m256i)b); }
 LNC_INLINE I spread(Half h) { return (I)_mm256_cvtepu16_epi32((__m128i)h); }
 LNC_INLINE Half pack(I v) {
   return (Half)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
@@ -199,22 +209,25 @@ LNC_INLINE Half narrow(f16, F v) {
 }
 #endif
 
-#if LNC_VECTOR_BYTES != 32
-LNC_INLINE U upper_halves(U even, U odd) { return (even >> 16) | (odd & 0xffff0000); }
-#endif
-
 LNC_INLINE Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
 LNC_INLINE Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
 LNC_INLINE Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
 LNC_INLINE Pair fma(Pair a, Pair b, Pair c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
 LNC_INLINE double sum(Pair v) { return sum(v.even + v.odd); }
 
-// To nearest even in the upper half. NaN stays NaN if its lower half is clear, as it is where NaN comes from bfloat16
-// or from arithmetic.
-LNC_INLINE U round_to_bf16(F v) {
-  const U u = as<U>(v);
-  return u + 0x7fff + ((u >> 16) & 1);
+// To nearest even. NaN stays NaN if its lower half is clear, as it is where NaN comes from bfloat16 or from arithmetic.
+LNC_INLINE U to_bf16(Pair v) {
+  const U even = as<U>(v.even), odd = as<U>(v.odd);
+#if LNC_VECTOR_BYTES >= 32
+  // The lower half, less one where the upper is even, has its first bit set where the upper is to grow.
+  const Words upper = upper_halves(even, odd);
+  return as<U>(upper + (minus_saturated(lower_halves(even, odd), ~upper & 1) >> 15));
+#else
+  const auto rounded = [](U u) { return u + 0x7fff + ((u >> 16) & 1); };
+  return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000);
+#endif
 }
+LNC_INLINE Pair from_bf16(U u) { return {as<F>(u << 16), as<F>(u & 0xffff0000)}; }
 
 #ifdef LNC_VECTOR_BYTES
 #if defined(__clang__) || __GNUC__ >= 12
@@ -241,20 +254,21 @@ using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
 LNC_INLINE void load(const float* p, F& v) { v = read<F>(p); }
 LNC_INLINE void load(const double* p, D& v) { v = read<D>(p); }
 LNC_INLINE void load(const f16* p, F& v) { v = widen(f16{}, read<Half>(p)); }
-LNC_INLINE void load(const bf16* p, Pair& v) {
-  const U u = read<U>(p);
-  v = {as<F>(u << 16), as<F>(u & 0xffff0000)};
-}
+LNC_INLINE void load(const bf16* p, Pair& v) { v = from_bf16(read<U>(p)); }
 LNC_INLINE F clear_nan(F v) { return as<F>(v != v ? I{} + 0x7fc00000 : as<I>(v)); }
 LNC_INLINE void load(const float* p, Pair& v) {
   v = split(clear_nan(read<F>(p)), clear_nan(read<F>(p + kLanes<F>)), LaneIndices{});
 }
 
-// A vector as it lies in memory.
+// A vector as it lies in memory, and what it is there.
 LNC_INLINE F stored(const float*, F v) { return v; }
 LNC_INLINE D stored(const double*, D v) { return v; }
 LNC_INLINE Half stored(const f16*, F v) { return narrow(f16{}, v); }
-LNC_INLINE U stored(const bf16*, Pair v) { return upper_halves(round_to_bf16(v.even), round_to_bf16(v.odd)); }
+LNC_INLINE U stored(const bf16*, Pair v) { return to_bf16(v); }
+LNC_INLINE F value(const float*, F v) { return v; }
+LNC_INLINE D value(const double*, D v) { return v; }
+LNC_INLINE F value(const f16*, Half h) { return widen(f16{}, h); }
+LNC_INLINE Pair value(const bf16*, U u) { return from_bf16(u); }
 
 template <class V, class S>
 LNC_INLINE void store(S* p, V v, Full) {
@@ -266,23 +280,6 @@ LNC_INLINE void store_past(S* p, V v) {
   write_past(p, stored(p, v));
 }
 LNC_INLINE void store_past(float* p, Pair v) { join(p, v, LaneIndices{}); }
-
-// The value that T can hold.
-template <class T>
-LNC_INLINE F rounded(F v) {
-  if constexpr (std::is_same_v<T, f16>)
-    return widen(f16{}, narrow(f16{}, v));
-  else
-    return v;
-}
-template <class T>
-LNC_INLINE D rounded(D v) {
-  return v;
-}
-template <class T>
-LNC_INLINE Pair rounded(Pair v) {
-  return {as<F>(round_to_bf16(v.even) & 0xffff0000), as<F>(round_to_bf16(v.odd) & 0xffff0000)};
-}
 
 template <class V, class S>
 LNC_INLINE V load(const S* p, Full) {
@@ -309,6 +306,21 @@ LNC_INLINE void store(S* p, V v, Where where, bool past) {
   if constexpr (std::is_same_v<Where, Full>)
     if (LNC_UNLIKELY(past)) return store_past(p, v);
   store(p, v, where);
+}
+// And the value that it has there.
+template <class V, class T>
+LNC_INLINE V store_rounded(T* p, V v, Full, bool past) {
+  const auto bits = stored(p, v);
+  if (LNC_UNLIKELY(past))
+    write_past(p, bits);
+  else
+    write(p, bits);
+  return value(p, bits);
+}
+template <class V, class T>
+LNC_INLINE V store_rounded(T* p, V v, Part part, bool) {
+  store(p, v, part);
+  return value(p, stored(p, v));
 }
 
 // Buffers of our own hold values in the order of the lanes, and are padded to whole vectors where that is

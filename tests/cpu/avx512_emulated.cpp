@@ -51,6 +51,11 @@ LNC_EMULATED __m256i cvtepi32_epi16(__m512i v) {
   for (int i = 0; i < 16; i++) narrow[i] = static_cast<uint16_t>(((Words)v)[i]);
   return (__m256i)narrow;
 }
+LNC_EMULATED __m512i subs_epu16(__m512i a, __m512i b) {
+  typedef uint16_t Unsigned __attribute__((vector_size(64)));
+  const Unsigned from = (Unsigned)a, less = (Unsigned)b;
+  return (__m512i)(from > less ? from - less : Unsigned{});
+}
 LNC_EMULATED __m512 cvtph_ps(__m256i v) {
   __m512 wide;
   for (int i = 0; i < 16; i++) wide[i] = _cvtsh_ss(((Halves)v)[i]);
@@ -76,6 +81,7 @@ LNC_EMULATED void stream_si512(__m512i* p, __m512i v) {
 #define _mm512_reduce_add_pd emulated::reduce_add_pd
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
+#define _mm512_subs_epu16 emulated::subs_epu16
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_ph(v, rounding) emulated::cvtps_ph(v)
 #define _mm512_stream_si512 emulated::stream_si512
