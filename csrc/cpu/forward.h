@@ -11,8 +11,9 @@ class Forward {
   using V = typename Computed<T>::Vector;
   static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
+  static constexpr bool kConverts = !std::is_same_v<T, A>;
   // Deviations from the pivot are kept where they cost more than a second read.
-  static constexpr bool kKeeps = N == Norm::layer && !std::is_same_v<T, A>;
+  static constexpr bool kKeeps = kConverts && N == Norm::layer;
 
   // At a chunk's deviations from a pivot: their mean, and the sum of their squares.
   struct Look {
@@ -27,6 +28,7 @@ class Forward {
   const ForwardParams& p;
   const ParallelFor parallel;
   const ForwardPlan plan = ForwardPlan::of(p);
+  const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
   const bool past_sum = plan.past && p.residual && plan.chunks == 1;  // and where the sum has left
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = plan.given ? nullptr : parameter<T>(p, parallel, p.weight, 1, p.workspace);
@@ -291,7 +293,10 @@ class Forward {
   LNC_NOINLINE void normalise_group(int64_t first, int64_t rows, const Terms* terms, const A* kept,
                                     const Weights& weights, const Biases& biases) const {
     const int64_t stride = padded(p.cols);
-    for (int64_t r = 0; r < rows; r++)
+    int64_t r = 0;
+    if constexpr (kConverts && std::is_same_v<Weights, Elements<V, T>>)
+      for (; !far && r + 2 <= rows; r += 2) normalise_two(first + r, terms + r, kept + r * stride, weights, biases);
+    for (; r < rows; r++)
       if (kKeeps || past_sum)
         normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride}, weights, biases);
       else if (terms[r].pivot == 0)
@@ -299,6 +304,29 @@ class Forward {
       else
         normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, terms[r].pivot), weights, biases);
   }
+
+  // Two rows, which share the conversion of 16-bit parameters. From far away, rows are better fetched one by one.
+  template <class Weights, class Biases>
+  LNC_NOINLINE void normalise_two(int64_t first, const Terms* terms, const A* kept, const Weights& weights,
+                                  const Biases& biases) const {
+    const auto values = [&](int r) LNC_LAMBDA {
+      if constexpr (kKeeps)
+        return Buffer<V, A>{kept + r * padded(p.cols)};
+      else
+        return Elements<V, T>{source(first + r)};
+    };
+    const auto values0 = values(0), values1 = values(1);
+    const V rstd0 = set<V>(terms[0].rstd), offset0 = set<V>(terms[0].offset);
+    const V rstd1 = set<V>(terms[1].rstd), offset1 = set<V>(terms[1].offset);
+    O *const y0 = static_cast<O*>(p.output) + first * p.cols, *const y1 = y0 + p.cols;
+    sweep<V, 2>(p.cols, [=](int64_t i, auto where, int) LNC_LAMBDA {
+      const V w = weights(i, where), b = biases(i, where);
+      store(y0 + i, fma(normalised(values0(i, where), rstd0, offset0), w, b), where);
+      store(y1 + i, fma(normalised(values1(i, where), rstd1, offset1), w, b), where);
+    });
+  }
+
+  static LNC_INLINE V normalised(V v, V rstd, V offset) { return N == Norm::layer ? fma(v, rstd, offset) : v * rstd; }
 
   // Columns [begin, end) of a row, from their deviations. Meanwhile the next group is fetched, where rows are adjacent.
   template <class Values, class Weights, class Biases>
@@ -314,16 +342,14 @@ class Forward {
   void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values, const Weights& weights,
                  const Biases& biases) const {
     O* const y = static_cast<O*>(p.output) + row * p.cols + begin;
-    const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
+    const bool far = this->far;
     const T* const x = far ? input(row) + begin : nullptr;
     const T* const r = far && p.residual ? residual(row) + begin : x;
     const int64_t ahead = plan.group * p.cols;
     const V rstd = set<V>(t.rstd), offset = set<V>(t.offset);
     sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
       if (LNC_UNLIKELY(far) && starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
-      const V v = values(i, where);
-      const V xhat = N == Norm::layer ? fma(v, rstd, offset) : v * rstd;
-      store(y + i, fma(xhat, weights(i, where), biases(i, where)), where, Past);
+      store(y + i, fma(normalised(values(i, where), rstd, offset), weights(i, where), biases(i, where)), where, Past);
     });
   }
 };
