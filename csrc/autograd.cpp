@@ -2,7 +2,6 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
@@ -43,9 +42,7 @@ variable_list gradients(const variable_list& grads, const Tensor& x, const Tenso
     dx = grad_sum;
   } else if (!facts.saved) {
     const Tensor wide = grad_output.to(grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-    const auto leading = wide.sizes().slice(0, wide.dim() - facts.shape.size());
-    const int64_t rows = c10::multiply_integers(leading), cols = c10::multiply_integers(facts.shape);
-    db = wide.reshape({rows, cols}).sum(0).reshape(facts.shape);
+    db = wide.sum_to_size(facts.shape);
   } else {
     // With create_graph the operator's own derivative, registered in functions.py, is wanted too.
     std::optional<at::AutoDispatchBelowAutograd> below_autograd;
