@@ -118,9 +118,9 @@ class Forward {
     if (N == Norm::rms) return 0;
     if (!p.residual) return first_of(input(row));
     // Not from the sum: another thread may be writing it.
-    const T* const sum = nullptr;
-    const V v = value(sum, stored(sum, set<V>(first_of(input(row)) + first_of(residual(row)))));
-    return read<A>(&v);
+    T sum[kLanes<V>];
+    store(sum, set<V>(first_of(input(row)) + first_of(residual(row))), Full{});
+    return first_of(sum);
   }
 
   // Whether zero looks like a pivot: of a row that is all on one side of it, eight elements hardly ever differ in sign.
