@@ -113,6 +113,7 @@ struct BackwardPlan {
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
     plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
+    // Where the bias's gradient is summed, so is the weight's, and needs a place.
     const bool partials = plan.direct ? p.grad_bias && !p.grad_weight : p.grad_weight || p.grad_bias;
     plan.workspace =
         plan.parameters_bytes + plan.sums_bytes + (partials ? plan.row_chunks * 2 * padded(p.cols) * scalar : 0);

@@ -217,7 +217,7 @@ class Forward {
 
   // Whether the pivot was so near to the mean that squared deviations from one give those from the other: half of them
   // are left, or of 16-bit data, which have digits to spare, a fifth. And no square may have left the range of A.
-  static constexpr double kLeft = std::is_same_v<T, A> ? 2 : 1.25;
+  static constexpr double kLeft = kConverts ? 1.25 : 2;
   static LNC_INLINE bool is_near(int64_t n, const Look& l) {
     return l.squares > 1e-20 && l.squares < 1e38 &&
            (N == Norm::rms || l.squares >= kLeft * static_cast<double>(n) * l.mean * l.mean);
@@ -276,7 +276,7 @@ class Forward {
   template <class Body>
   LNC_INLINE void with_parameters(int64_t begin, const Body& body) const {
     using Given = Elements<V, T>;
-    using Made = std::conditional_t<std::is_same_v<T, A>, Given, Buffer<V, A>>;
+    using Made = std::conditional_t<kConverts, Buffer<V, A>, Given>;
     const T* const w = static_cast<const T*>(p.weight);
     if (!plan.given)
       body(Made{weight + begin}, Made{bias + begin});

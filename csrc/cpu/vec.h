@@ -227,7 +227,6 @@ LNC_INLINE U to_bf16(Pair v) {
   return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000);
 #endif
 }
-LNC_INLINE Pair from_bf16(U u) { return {as<F>(u << 16), as<F>(u & 0xffff0000)}; }
 
 #ifdef LNC_VECTOR_BYTES
 #if defined(__clang__) || __GNUC__ >= 12
@@ -251,15 +250,6 @@ LNC_INLINE void join(float* p, Pair v, std::integer_sequence<int, 0>) { p[0] = v
 #endif
 using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
 
-LNC_INLINE void load(const float* p, F& v) { v = read<F>(p); }
-LNC_INLINE void load(const double* p, D& v) { v = read<D>(p); }
-LNC_INLINE void load(const f16* p, F& v) { v = widen(f16{}, read<Half>(p)); }
-LNC_INLINE void load(const bf16* p, Pair& v) { v = from_bf16(read<U>(p)); }
-LNC_INLINE F clear_nan(F v) { return as<F>(v != v ? I{} + 0x7fc00000 : as<I>(v)); }
-LNC_INLINE void load(const float* p, Pair& v) {
-  v = split(clear_nan(read<F>(p)), clear_nan(read<F>(p + kLanes<F>)), LaneIndices{});
-}
-
 // A vector as it lies in memory, and what it is there.
 LNC_INLINE F stored(const float*, F v) { return v; }
 LNC_INLINE D stored(const double*, D v) { return v; }
@@ -268,7 +258,16 @@ LNC_INLINE U stored(const bf16*, Pair v) { return to_bf16(v); }
 LNC_INLINE F value(const float*, F v) { return v; }
 LNC_INLINE D value(const double*, D v) { return v; }
 LNC_INLINE F value(const f16*, Half h) { return widen(f16{}, h); }
-LNC_INLINE Pair value(const bf16*, U u) { return from_bf16(u); }
+LNC_INLINE Pair value(const bf16*, U u) { return {as<F>(u << 16), as<F>(u & 0xffff0000)}; }
+
+template <class T, class V>
+LNC_INLINE void load(const T* p, V& v) {
+  v = value(p, read<decltype(stored(p, v))>(p));
+}
+LNC_INLINE F clear_nan(F v) { return as<F>(v != v ? I{} + 0x7fc00000 : as<I>(v)); }
+LNC_INLINE void load(const float* p, Pair& v) {
+  v = split(clear_nan(read<F>(p)), clear_nan(read<F>(p + kLanes<F>)), LaneIndices{});
+}
 
 template <class V, class S>
 LNC_INLINE void store(S* p, V v, Full) {
