@@ -14,16 +14,20 @@ rstd' = -rstd^2 * mean(xhat * x').
 import math
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from . import _ops, reference
 
 
 def apply(function, *args):
-    """``function.apply`` without its Python prologue (inspect.signature costs more than the kernel on small rows)."""
+    """``function.apply`` without its Python prologue (inspect.signature costs more than the kernel on small rows).
+
+    What of it matters: a pullback may be called when the transform is over whose wrappers it has saved.
+    """
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return function.apply(*args)
-    return super(Function, function).apply(*args)
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 class _Primals:

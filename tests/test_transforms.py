@@ -101,6 +101,21 @@ def test_third_derivatives(rms, order, x, w, b):
     both(rms, third, x[:2, :4].new_tensor([[0.3, -1.2, 0.7, 2.0, 0.1]]), w, b)
 
 
+def test_pullback_kept_beyond_its_transform(rms, x, w, b):
+    """What vjp saved are wrappers of a level that is gone when plain autograd differentiates the pullback."""
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def pulled(f):
+        def gradients(x, w, b):
+            output, pullback = vjp(f, x, w, b)
+            loss = sum(grad.square().sum() for grad in pullback(torch.cos(output)))
+            return torch.autograd.grad(loss, leaves[: 2 if rms else 3])
+
+        return gradients
+
+    both(rms, pulled, *leaves)
+
+
 def test_hessian_vector_product(rms, x, w, b):
     v = torch.randn_like(x)
     both(rms, lambda f: lambda x: jvp(grad(lambda x: cubed(f)(x, w, b)), (x,), (v,))[1], x)
