@@ -27,7 +27,7 @@ bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 // What backward knows besides tensors.
 struct Facts {
   std::vector<int64_t> shape;
-  bool rms, has_residual, saved;
+  bool rms, has_sum, saved;  // has_sum: the node has a second output, the sum of input and residual
   std::optional<at::ScalarType> bias_dtype;
 };
 
@@ -36,7 +36,7 @@ variable_list gradients(const variable_list& grads, const Tensor& x, const Tenso
                         const Facts& facts, const std::array<bool, 4>& wanted) {
   const auto [for_input, for_residual, for_weight, for_bias] = wanted;
   const Tensor& grad_output = grads[0];
-  const Tensor grad_sum = facts.has_residual ? grads[1] : Tensor();
+  const Tensor grad_sum = facts.has_sum ? grads[1] : Tensor();
   Tensor dx, dw, db;
   if (!grad_output.defined()) {
     dx = grad_sum;
@@ -82,12 +82,12 @@ struct NormBackward : Node {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
   // Compiled autograd calls gradients() with tensors that stand for the saved ones.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(x, facts.has_residual);
+    args.collect(x, facts.has_sum);
     args.collect(weight, false);
     args.collect(stats, false);
     args.collect(facts.shape);
     args.collect(facts.bias_dtype);
-    for (bool fact : {facts.rms, facts.has_residual, facts.saved}) args.collect(fact);
+    for (bool fact : {facts.rms, facts.has_sum, facts.saved}) args.collect(fact);
   }
 
   variable_list apply_with_saved(const variable_list& grads,
@@ -99,7 +99,7 @@ struct NormBackward : Node {
     args.pack(weight.unpack());
     args.pack(stats.unpack());
     args.pack(facts.shape);
-    for (bool fact : {facts.rms, facts.has_residual, facts.saved}) args.pack(fact);
+    for (bool fact : {facts.rms, facts.has_sum, facts.saved}) args.pack(fact);
     args.pack(facts.bias_dtype);
     for (bool asked : wanted()) args.pack(asked);
     for (SavedVariable* t : {&x, &weight, &stats}) saved.after(*t);
@@ -118,7 +118,7 @@ struct NormBackward : Node {
     const auto x = args.unpack<Tensor>(), weight = args.unpack<Tensor>(), stats = args.unpack<Tensor>();
     Facts facts;
     facts.shape = args.unpack<std::vector<int64_t>>();
-    for (bool* fact : {&facts.rms, &facts.has_residual, &facts.saved}) *fact = args.unpack<bool>();
+    for (bool* fact : {&facts.rms, &facts.has_sum, &facts.saved}) *fact = args.unpack<bool>();
     facts.bias_dtype = args.unpack<std::optional<at::ScalarType>>();
     std::array<bool, 4> wanted;
     for (bool& asked : wanted) asked = args.unpack<bool>();
@@ -153,13 +153,14 @@ std::pair<Tensor, Tensor> norm(const Tensor& input, const OptionalTensor& residu
   if (differentiable) {
     auto node = make_node<NormBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(input, residual, weight, bias));
-    node->facts = {normalized_shape.vec(), rms, residual.has_value(), save,
+    const bool has_sum = residual && (input.requires_grad() || residual->requires_grad());  // no parameter is in it
+    node->facts = {normalized_shape.vec(), rms, has_sum, save,
                    bias ? std::optional(bias->scalar_type()) : std::nullopt};
     const NodePtr history = node;
     torch::autograd::set_history(output, history);
-    if (residual) torch::autograd::set_history(sum, history);
+    if (has_sum) torch::autograd::set_history(sum, history);
     if (save) {  // the gradient of bias alone needs nothing but the upstream gradient
-      node->x = residual ? SavedVariable(sum, true) : SavedVariable(input, false);
+      node->x = SavedVariable(residual ? sum : input, has_sum);
       node->weight = SavedVariable(weight, false);
       node->stats = SavedVariable(stats, false);
     }

@@ -138,13 +138,15 @@ class NormFunction(Function):
     def setup_context(ctx, inputs, output):
         input, residual, normalized_shape, weight, bias, _, rms, _, _ = inputs
         normalised, total, stats = output
-        ctx.mark_non_differentiable(stats)
+        needs = ctx.needs_input_grad
+        # No parameter is in the sum. In forward mode its tangent may be wanted where no gradient is.
+        constant = residual is not None and not (needs[0] or needs[1]) and forward_ad._current_level < 0
+        ctx.mark_non_differentiable(stats, *([total] if constant else []))
         ctx.set_materialize_grads(False)
         ctx.arguments = normalized_shape, rms, None if bias is None else bias.dtype
         ctx.output_dtype, ctx.has_residual = normalised.dtype, residual is not None
         x = input if residual is None else total
         saved = x, weight, stats
-        needs = ctx.needs_input_grad
         # The gradient of bias alone needs nothing but the upstream gradient.
         if needs[0] or needs[1] or needs[3]:
             ctx.save_for_backward(*saved)

@@ -1,6 +1,7 @@
 """The functions are ``torch.nn.functional``'s: values, shapes, dtypes, strides, autograd's bookkeeping."""
 
 import copy
+import itertools
 import math
 
 import cases
@@ -260,6 +261,34 @@ def test_requires_grad_is_propagated():
     assert lnc.layer_norm(x, (8,), w, w.clone().requires_grad_()).requires_grad
     y, total = lnc.add_layer_norm(x, x.clone().requires_grad_(), (8,))
     assert y.requires_grad and total.requires_grad
+
+
+def _by_operator(x, r, w, b):
+    return torch.ops.layernorm_cuda.norm_forward(x, r, (8,), w, b, 1e-5, False, True, None)[:2]
+
+
+def _by_function(x, r, w, b):
+    return lnc.add_layer_norm(x, r, (8,), w, b)
+
+
+@pytest.mark.parametrize("ours", [_by_function, _by_operator, torch.compile(_by_function, backend="aot_eager")])
+def test_sum_requires_grad_as_native(ours):
+    """No parameter is in the sum: where only they have gradients, it has no history."""
+
+    def native(x, r, w, b):
+        return F.layer_norm(x + r, (8,), w, b), x + r
+
+    def gradients_of(outputs, leaves):
+        return torch.autograd.grad(sum(t.square().sum() for t in outputs if t.requires_grad), leaves)
+
+    for wanted in itertools.product([False, True], repeat=4):
+        sizes = (3, 8), (3, 8), (8,), (8,)
+        inputs = [torch.randn(size, requires_grad=asked) for size, asked in zip(sizes, wanted, strict=True)]
+        results, expected = ours(*inputs), native(*inputs)
+        assert [t.requires_grad for t in results] == [t.requires_grad for t in expected]
+        leaves = [t for t in inputs if t.requires_grad]
+        if leaves:
+            torch.testing.assert_close(gradients_of(results, leaves), gradients_of(expected, leaves))
 
 
 def allocated(call):
