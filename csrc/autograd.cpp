@@ -22,6 +22,8 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
+bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); }
+
 bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
 // What backward knows besides tensors.
@@ -44,9 +46,9 @@ variable_list gradients(const variable_list& grads, const Tensor& x, const Tenso
     const Tensor wide = grad_output.to(grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
     db = wide.sum_to_size(facts.shape);
   } else {
-    // With create_graph the operator's own derivative, registered in functions.py, is wanted too.
+    // With create_graph, or a tangent, the operator's own derivative, registered in functions.py, is wanted too.
     std::optional<at::AutoDispatchBelowAutograd> below_autograd;
-    if (!at::GradMode::is_enabled()) below_autograd.emplace();
+    if (!at::GradMode::is_enabled() && !has_tangent(grad_output) && !has_tangent(grad_sum)) below_autograd.emplace();
     std::tie(dx, dw, db) = call_norm_backward(grad_output, optional(grad_sum), x, facts.shape, optional(weight), stats,
                                               facts.rms, {for_input || for_residual, for_weight, for_bias},
                                               for_bias ? facts.bias_dtype : std::nullopt);
@@ -177,7 +179,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 template <class T>
 bool needs_derivative(const T& argument) {
   if constexpr (std::is_same_v<T, Tensor>)
-    return (at::GradMode::is_enabled() && argument.requires_grad()) || argument._fw_grad(0).defined();
+    return (at::GradMode::is_enabled() && argument.requires_grad()) || has_tangent(argument);
   else if constexpr (std::is_same_v<T, OptionalTensor>)
     return argument && needs_derivative(*argument);
   else

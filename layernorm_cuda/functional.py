@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _extension, _ops
-from .functions import NormFunction, apply
+from .functions import apply_norm
 from .reference import accumulate_dtype, default_eps
 
 _DEVICES = _ops.device_types()
@@ -168,7 +168,7 @@ def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None)
     outputs = _ops.norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype)
     if outputs is not None:
         return outputs if residual is not None else (outputs, None)
-    output, total, _ = apply(NormFunction, input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
+    output, total, _ = apply_norm(input, residual, normalized_shape, weight, bias, eps, rms, True, dtype)
     return output, total
 
 

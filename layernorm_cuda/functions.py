@@ -138,15 +138,13 @@ class NormFunction(Function):
     def setup_context(ctx, inputs, output):
         input, residual, normalized_shape, weight, bias, _, rms, _, _ = inputs
         normalised, total, stats = output
-        needs = ctx.needs_input_grad
-        # No parameter is in the sum. In forward mode its tangent may be wanted where no gradient is.
-        constant = residual is not None and not (needs[0] or needs[1]) and forward_ad._current_level < 0
-        ctx.mark_non_differentiable(stats, *([total] if constant else []))
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.arguments = normalized_shape, rms, None if bias is None else bias.dtype
         ctx.output_dtype, ctx.has_residual = normalised.dtype, residual is not None
         x = input if residual is None else total
         saved = x, weight, stats
+        needs = ctx.needs_input_grad
         # The gradient of bias alone needs nothing but the upstream gradient.
         if needs[0] or needs[1] or needs[3]:
             ctx.save_for_backward(*saved)
@@ -165,7 +163,7 @@ class NormFunction(Function):
         x, weight, stats = ctx.saved_tensors
         mask = [needs[0] or needs[1], needs[3], needs[4]]
         arguments = grad_output, grad_sum, x, normalized_shape, weight, stats, rms, mask, bias_dtype
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             dx, dw, db = apply(NormBackwardFunction, *arguments)
         else:
             dx, dw, db = _ops.norm_backward(*arguments)
@@ -222,6 +220,14 @@ class NormFunction(Function):
         rows = math.prod(input.shape[1 : input.dim() - len(normalized_shape)])
         stats = stats.reshape(stats.shape[0], info.batch_size, rows)
         return (output, total, stats), (0, None if residual is None else 0, 1)
+
+
+def apply_norm(input, residual, *args):
+    """(output, sum, stats) of ``NormFunction``, the sum with a history only where input or residual has one."""
+    output, total, stats = apply(NormFunction, input, residual, *args)
+    if residual is not None and total.requires_grad and not (input.requires_grad or residual.requires_grad):
+        total = input + residual  # PyTorch gives all of a Function's outputs a history, and tangents, or none
+    return output, total, stats
 
 
 class NormBackwardFunction(Function):
@@ -386,7 +392,7 @@ class RMSNormFunction(NormFunction):
 
 def _differentiable_norm_forward(*args):
     input, residual, *_, save_stats, _ = args
-    output, total, stats = apply(NormFunction, *args)
+    output, total, stats = apply_norm(*args)
     none = input.new_empty(0)
     return output, none if residual is None else total, stats if save_stats else none.clone()
 

@@ -94,6 +94,27 @@ def test_second_and_third_derivatives(rms, residual, x, w, b):
             torch.testing.assert_close(g, r, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dual", ["input", "grad_output"])
+@pytest.mark.parametrize("rms, residual, x, w, b", combinations())
+def test_forward_over_reverse(rms, residual, x, w, b, dual, create_graph):
+    """Gradients have tangents, whether the graph of the gradients is wanted or not."""
+    tensors = tensor(x), tensor(x) if residual else None, tensor(w, NORMALISED), tensor(b, NORMALISED)
+    factor, tangent = torch.randn(SHAPE, dtype=F64), torch.randn(SHAPE, dtype=F64)
+    results = []
+    for with_ours in (True, False):
+        function, variables = closed(composed(rms, residual, with_ours), tensors)
+        with forward_ad.dual_level():
+            given = [forward_ad.make_dual(t, tangent[0] if t.dim() < len(SHAPE) else tangent) for t in variables]
+            outputs = function(*(given if dual == "input" else variables))
+            y = outputs[0] if residual else outputs
+            value = (y.sin() * (factor if dual == "input" else forward_ad.make_dual(factor, tangent))).sum()
+            gradients = torch.autograd.grad(value, variables, create_graph=create_graph)
+            results.append([forward_ad.unpack_dual(g).tangent for g in gradients])
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_fourth_derivative(rms):
     x = torch.randn(1, 4, dtype=F64, requires_grad=True)
