@@ -70,12 +70,14 @@ struct ForwardPlan {
     ForwardPlan plan;
     plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
     plan.split_columns = p.rows <= kMaxSplitRows && plan.chunks > 1;
-    plan.group = clamp((8 << 10) / (padded(p.cols) * size_of(p.dtype)), 1, kMaxGroup);
     const int64_t elements = p.rows * p.cols, arrays = p.residual ? 2 : 1;
     const int64_t bytes = elements * (size_of(p.output_dtype) + (2 * arrays - 1) * size_of(p.dtype));
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
     plan.past = bytes >= kCache && misaligned % 64 == 0;
+    // Rows that come from memory need their place in the cache for both inputs.
+    const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (plan.past ? arrays : 1);
+    plan.group = clamp((8 << 10) / row_bytes, 1, kMaxGroup);
     plan.given = p.weight ? p.param_dtype == p.dtype : !p.bias;
     const bool as_is = plan.given || (p.weight && p.bias && reads_parameters(p));
     plan.parameters_bytes = as_is ? 0 : 2 * padded(p.cols) * size_of(accumulate_type(p.dtype));
