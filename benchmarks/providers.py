@@ -96,7 +96,7 @@ def _backward(case: Case, t: Tensors, compiled: bool) -> dict[str, Call]:
     _, mean, rstd = torch.native_layer_norm(t.x, shape, t.weight, t.bias, EPS)
     stats = torch.ops.layernorm_cuda.norm_forward(t.x, None, shape, t.weight, t.bias, EPS, False, True, None)[2]
     native, ours = torch.ops.aten.native_layer_norm_backward.default, torch.ops.layernorm_cuda.norm_backward.default
-    arguments = t.dy, None, t.x, shape, t.weight, stats, False, mask, case.dtype
+    arguments = t.dy, None, t.x, shape, t.weight, stats, False, mask, None
     return {
         NATIVE: partial(native, t.dy, t.x, shape, mean, rstd, t.weight, t.bias, mask),
         OURS: partial(ours, *arguments),

@@ -294,6 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
   TORCH_CHECK(!output_mask[1] || weight, p.name, ": a gradient of weight was asked for but there is no weight");
   ScalarType output_type = grad_output.scalar_type() == wide ? wide : type;
   auto weight_dtype = weight ? std::optional(weight->scalar_type()) : std::nullopt;
+  if (!bias_dtype) bias_dtype = weight_dtype.value_or(wide);
   ScalarType params = param_type(type, output_type, weight_dtype, output_mask[2] ? bias_dtype : std::nullopt);
 
   DeviceGuard guard(input);
@@ -328,8 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_output, cons
     params_.norm = rms ? Norm::rms : Norm::layer;
     run(params_, input, p.name);
   }
-  if (dw.defined()) dw = as(dw, weight->scalar_type());
-  if (db.defined()) db = as(db, bias_dtype.value_or(wide));
+  if (dw.defined()) dw = as(dw, *weight_dtype);
+  if (db.defined()) db = as(db, *bias_dtype);
   return {dx, dw, db};
 }
 

@@ -1,8 +1,9 @@
 """The operators: the compiled module, or PyTorch operations in its place where it is missing.
 
 ``norm_forward`` and ``norm_backward`` here skip the dispatcher's argument parsing; ``torch.ops.layernorm_cuda`` has
-the same two for ``torch.compile`` and everything else that works on operators. ``norm`` is the whole call with its
-derivative in C++ (csrc/python.cpp), for plain tensors; where it returns None, ``functional`` takes over.
+the same two for ``torch.compile`` and everything else that works on operators. Their ``bias_dtype=None`` stands for
+the weight's, or without a weight for the accumulation type. ``norm`` is the whole call with its derivative in C++
+(csrc/python.cpp), for plain tensors; where it returns None, ``functional`` takes over.
 """
 
 import math
@@ -158,7 +159,7 @@ def _fake_backward(grad_output, grad_sum, input, normalized_shape, weight, stats
     _check_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask)
     grad_input = input.new_empty(input.shape if output_mask[0] else 0)
     grad_weight = input.new_empty(normalized_shape, dtype=weight.dtype) if output_mask[1] else input.new_empty(0)
-    dtype = bias_dtype or reference.accumulate_dtype(input.dtype)
+    dtype = reference.grad_bias_dtype(bias_dtype, weight, stats)
     grad_bias = input.new_empty(normalized_shape, dtype=dtype) if output_mask[2] else input.new_empty(0)
     return grad_input, grad_weight, grad_bias
 

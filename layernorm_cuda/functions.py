@@ -140,7 +140,9 @@ class NormFunction(Function):
         normalised, total, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.arguments = normalized_shape, rms, None if bias is None else bias.dtype
+        # A compiled graph's Python calls are faster without a dtype.
+        own_dtype = bias is not None and (weight is None or weight.dtype != bias.dtype)
+        ctx.arguments = normalized_shape, rms, bias.dtype if own_dtype else None
         ctx.output_dtype, ctx.has_residual = normalised.dtype, residual is not None
         x = input if residual is None else total
         saved = x, weight, stats
@@ -340,7 +342,7 @@ class NormBackwardFunction(Function):
             dw = wide_dy * xhat
             dw = (dw.sum(rows) if rows else dw).to(weight.dtype)
         if output_mask[2]:
-            db = (wide_dy.sum(rows) if rows else wide_dy).to(bias_dtype or stats.dtype)
+            db = (wide_dy.sum(rows) if rows else wide_dy).to(reference.grad_bias_dtype(bias_dtype, weight, stats))
         return (dx, dw, db), tuple(None if t is None else 0 for t in (dx, dw, db))
 
 

@@ -67,6 +67,11 @@ def normalised(input, normalized_shape, stats, rms):
     return deviation * stats[-1].unsqueeze(1)
 
 
+def grad_bias_dtype(bias_dtype, weight, stats):
+    """The dtype of the bias gradient: None stands for the weight's, or without a weight for the accumulation type."""
+    return bias_dtype or (stats if weight is None else weight).dtype
+
+
 def norm_backward(grad_output, grad_sum, input, normalized_shape, weight, stats, rms, output_mask, bias_dtype):
     """Returns (grad_input, grad_weight, grad_bias), None for what output_mask leaves out.
 
@@ -86,5 +91,5 @@ def norm_backward(grad_output, grad_sum, input, normalized_shape, weight, stats,
     if output_mask[1]:
         dw = (dy * xhat).sum(0).reshape(normalized_shape).to(weight.dtype)
     if output_mask[2]:
-        db = dy.sum(0).reshape(normalized_shape).to(bias_dtype or dy.dtype)
+        db = dy.sum(0).reshape(normalized_shape).to(grad_bias_dtype(bias_dtype, weight, stats))
     return dx, dw, db

@@ -53,6 +53,16 @@ def test_fullgraph(name, dtype):
     assert not any("native_layer_norm" in str(t) for t in targets(backend.fw_graphs))
 
 
+@pytest.mark.parametrize(("bias_dtype", "named"), [(BF16, None), (F32, F32)])
+def test_a_bias_of_the_weights_dtype_names_none(bias_dtype, named):
+    """Which costs a compiled graph's call more than a short row's arithmetic."""
+    x, w, b = torch.randn(3, 5, 8).to(BF16), torch.randn(8).to(BF16), torch.randn(8).to(bias_dtype)
+    backend = AotEagerAndRecordGraphs()
+    grads = step(torch.compile(FUNCTIONS["layer_norm"], fullgraph=True, backend=backend), x, w, b)
+    (call,) = [node for graph in backend.bw_graphs for node in graph.graph.nodes if node.target == BACKWARD]
+    assert (call.args[8:] or (None,)) == (named,) and grads[3].dtype == bias_dtype
+
+
 def test_without_gradients_no_statistics_are_asked_for():
     backend = AotEagerAndRecordGraphs()
     x = torch.randn(3, 8)

@@ -181,6 +181,11 @@ def backward_arguments(**changes):
     return (arguments | changes).values()
 
 
+by_both_ways = pytest.mark.parametrize(
+    "call", [_ops.norm_backward, torch.ops.layernorm_cuda.norm_backward], ids=["direct", "torch.ops"]
+)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -199,12 +204,34 @@ def backward_arguments(**changes):
     ],
     ids=lambda c: next(f"{k}={getattr(v, 'shape', v)}" for k, v in c.items()),
 )
-@pytest.mark.parametrize(
-    "call", [_ops.norm_backward, torch.ops.layernorm_cuda.norm_backward], ids=["direct", "torch.ops"]
-)
+@by_both_ways
 def test_backward_operator(call, changes):
     with pytest.raises(RuntimeError, match="layer_norm_backward"):
         call(*backward_arguments(**changes))
+
+
+@by_both_ways
+@pytest.mark.parametrize(
+    ("weight", "bias_dtype", "expected"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float32, None, torch.float32),
+        (None, None, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (None, torch.float16, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["cpu", "meta"])
+def test_dtype_of_the_bias_gradient(call, weight, bias_dtype, expected, kernel):
+    """The one that was asked for, else the weight's, else the accumulation type."""
+    weight = None if weight is None else torch.ones(4, dtype=weight)
+    like = dict(input=torch.randn(3, 4).bfloat16(), grad_output=torch.ones(3, 4).bfloat16())
+    changes = dict(weight=weight, bias_dtype=bias_dtype, output_mask=[True, weight is not None, True], **like)
+    arguments = [v.to(kernel) if isinstance(v, torch.Tensor) else v for v in backward_arguments(**changes)]
+    grad_bias = call(*arguments)[2]
+    assert grad_bias.dtype == expected
+    if kernel == "cpu":
+        assert (grad_bias == 3).all()
 
 
 def test_forward_operator_output_dtype():
