@@ -30,6 +30,10 @@ class Backward {
     int count;
     bool starts_chunk;
   };
+  // Of a chunk of a row: sums of g and g * xhat, lane by lane.
+  struct LaneSums {
+    V g, g_xhat;
+  };
   struct Gradients {
     A *weight, *bias;
   };
@@ -57,9 +61,7 @@ class Backward {
  private:
   void run_by_rows(int64_t chunk) const {
     for_blocks(chunk, [&](Block& block) {
-      if (p.grad_input)
-        for (int r = 0; r < block.count; r++)
-          set_means(block.rows[r], pairwise(0, plan.chunks, [&](int64_t c) { return sums(block.rows[r], c); }));
+      if (p.grad_input) set_means(block, 0, block.count);
       apply(block, 0, p.cols, gradients(chunk));
     });
   }
@@ -69,12 +71,13 @@ class Backward {
     constexpr int64_t tile = 64;
     auto* parts = reinterpret_cast<Sums*>(static_cast<char*>(p.workspace) + plan.parameters_bytes);
     for_blocks(chunk, [&](Block& block) {
-      if (p.grad_input) {
-        for_ranges(parallel, block.count * plan.chunks, grain_of(p.cols < kChunk ? p.cols : kChunk),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; i++)
-                       parts[i] = sums(block.rows[i / plan.chunks], i % plan.chunks);
-                   });
+      if (p.grad_input && plan.chunks == 1) {
+        for_ranges(parallel, block.count, grain_of(p.cols),
+                   [&](int64_t begin, int64_t end) { set_means(block, begin, end); });
+      } else if (p.grad_input) {
+        for_ranges(parallel, block.count * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; i++) parts[i] = sums(block.rows[i / plan.chunks], i % plan.chunks);
+        });
         for (int r = 0; r < block.count; r++)
           set_means(block.rows[r], pairwise(0, plan.chunks, [&](int64_t c) { return parts[r * plan.chunks + c]; }));
       }
@@ -118,6 +121,19 @@ class Backward {
     return r;
   }
 
+  // Of rows [begin, end). Those of one chunk are added up over their lanes all together, or each would wait for its own
+  // chain of additions.
+  void set_means(Block& block, int64_t begin, int64_t end) const {
+    if (plan.chunks > 1) {
+      for (int64_t r = begin; r < end; r++)
+        set_means(block.rows[r], pairwise(0, plan.chunks, [&](int64_t c) { return sums(block.rows[r], c); }));
+      return;
+    }
+    LaneSums lanes[BackwardPlan::kMaxBlock];
+    for (int64_t r = begin; r < end; r++) lanes[r] = lane_sums(block.rows[r], 0);
+    for (int64_t r = begin; r < end; r++) set_means(block.rows[r], sums(block.rows[r], lanes[r]));
+  }
+
   void set_means(Row& r, const Sums& s) const {
     r.minus_mean_g = static_cast<A>(-s.g * inverse_count);
     r.minus_mean_g_xhat = static_cast<A>(-s.g_xhat * inverse_count);
@@ -128,15 +144,22 @@ class Backward {
     return N == Norm::rms ? x * rstd : fma(Centred ? x - pivot : x, rstd, offset);
   }
 
-  Sums sums(const Row& row, int64_t chunk) const {
-    if constexpr (kAboutZero)
-      if (row.pivot == 0) return sums<false>(row, chunk);
-    return sums<true>(row, chunk);
+  Sums sums(const Row& row, int64_t chunk) const { return sums(row, lane_sums(row, chunk)); }
+
+  Sums sums(const Row& row, const LaneSums& lanes) const {
+    const double g = sum(lanes.g), g_x = sum(lanes.g_xhat);
+    return is_centred(row) ? Sums{g, g_x} : Sums{g, row.rstd * g_x + row.offset * g};
   }
 
-  // About zero, where xhat is made of the sums.
+  static bool is_centred(const Row& row) { return !kAboutZero || row.pivot != 0; }
+
+  LaneSums lane_sums(const Row& row, int64_t chunk) const {
+    return is_centred(row) ? lane_sums<true>(row, chunk) : lane_sums<!kAboutZero>(row, chunk);
+  }
+
+  // About zero, x stands for xhat.
   template <bool Centred>
-  LNC_INLINE Sums sums(const Row& row, int64_t chunk) const {
+  LNC_INLINE LaneSums lane_sums(const Row& row, int64_t chunk) const {
     const int64_t start = chunk * kChunk, left = p.cols - start;
     const T* x = row.x + start;
     const O* dy = row.dy + start;
@@ -155,8 +178,7 @@ class Backward {
       if constexpr (N == Norm::layer) g_sums.v[u] = g_sums.v[u] + g;
       g_xhat_sums.v[u] = fma(g, keep(v, where), g_xhat_sums.v[u]);
     });
-    const double g = g_sums.total(), g_x = g_xhat_sums.total();
-    return {g, Centred ? g_x : row.rstd * g_x + row.offset * g};
+    return {g_sums.folded(), g_xhat_sums.folded()};
   }
 
   // Columns [begin, end) of a block of rows: dx, and what the rows add to the weight and bias gradients.
@@ -182,7 +204,7 @@ class Backward {
         });
       int r = 0;
       for (; r + 2 <= block.count; r += 2)
-        if (kAboutZero && block.rows[r].pivot == 0 && block.rows[r + 1].pivot == 0)
+        if (!is_centred(block.rows[r]) && !is_centred(block.rows[r + 1]))
           columns<2, !kAboutZero, Dx, Dw, Db>(block.rows + r, begin, n, to);
         else
           columns<2, true, Dx, Dw, Db>(block.rows + r, begin, n, to);

@@ -99,7 +99,7 @@ struct BackwardPlan {
   bool split_columns;        // too few chunks of rows: threads share rows
   bool direct;               // sums are results already
   int64_t parameters_bytes;  // workspace for the weight as the kernels want it,
-  int64_t sums_bytes;        // behind it each chunk's Sums,
+  int64_t sums_bytes;        // behind it each chunk's Sums, of rows of several,
   int64_t workspace;         // behind them the weight and bias gradients of each chunk of rows
 
   static BackwardPlan of(const BackwardParams& p) {
@@ -114,7 +114,7 @@ struct BackwardPlan {
     plan.block = clamp(cache / (p.cols * row_bytes), 2, kMaxBlock) / 2 * 2;
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
-    plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
+    plan.sums_bytes = plan.split_columns && plan.chunks > 1 ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
     // Where the bias's gradient is summed, so is the weight's, and needs a place.
     const bool partials = plan.direct ? p.grad_bias && !p.grad_weight : p.grad_weight || p.grad_bias;
     plan.workspace =

@@ -44,12 +44,13 @@ struct Accumulators {
   LNC_INLINE void add(const Accumulators& other) {
     for (int u = 0; u < kUnroll<V>; u++) v[u] = v[u] + other.v[u];
   }
-  LNC_INLINE auto total() const {
+  LNC_INLINE V folded() const {
     if constexpr (kUnroll<V> == 4)
-      return sum((v[0] + v[1]) + (v[2] + v[3]));
+      return (v[0] + v[1]) + (v[2] + v[3]);
     else
-      return sum(v[0] + v[1]);
+      return v[0] + v[1];
   }
+  LNC_INLINE double total() const { return sum(folded()); }
 };
 
 LNC_INLINE Moments merge(const Moments& a, const Moments& b) {
