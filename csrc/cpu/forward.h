@@ -15,9 +15,12 @@ class Forward {
   // Deviations from the pivot are kept where they cost more than a second read.
   static constexpr bool kKeeps = kConverts && N == Norm::layer;
 
-  // At a chunk's deviations from a pivot: their mean, and the sum of their squares.
+  // At a chunk's deviations from a pivot: their mean, and the sum of their squares. Lane by lane: their sum.
   struct Look {
     double mean, squares;
+  };
+  struct LaneLook {
+    V sum, squares;
   };
 
   struct Terms {
@@ -54,7 +57,7 @@ class Forward {
     constexpr int64_t kMax = ForwardPlan::kMaxGroup;
     alignas(64) A kept[kChunk];
     A pivots[kMax];
-    Look looks[kMax];
+    LaneLook looks[kMax];
     Terms terms[kMax];
     const int64_t stride = padded(p.cols);
     for (int64_t first = begin; first < end; first += plan.group) {
@@ -73,7 +76,8 @@ class Forward {
         looks[r] = zero ? first_look<false>(first + r, 0, 0, kept + r * stride)
                         : first_look<N == Norm::layer>(first + r, 0, pivots[r], kept + r * stride);
       }
-      for (int64_t r = 0; r < rows; r++) terms[r] = terms_of(first + r, pivots[r], looks[r], kept + r * stride);
+      for (int64_t r = 0; r < rows; r++)
+        set_terms(terms[r], first + r, pivots[r], over_lanes(p.cols, looks[r]), kept + r * stride);
       with_parameters(0, [&](const auto& weights, const auto& biases)
                              LNC_LAMBDA { normalise_group(first, rows, terms, kept, weights, biases); });
     }
@@ -148,7 +152,7 @@ class Forward {
 
   // Adds the residual where there is one.
   template <bool Centred>
-  Look first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
+  LaneLook first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
     const int64_t start = chunk * kChunk, n = chunk_size(chunk);
     const V center = set<V>(pivot);
     const T* const x = input(row) + start;
@@ -170,7 +174,8 @@ class Forward {
   }
 
   Moments moments_of(int64_t row, int64_t chunk, A pivot, A* kept) const {
-    return moments_of(row, chunk, pivot, kept, first_look<N == Norm::layer>(row, chunk, pivot, kept));
+    const LaneLook first = first_look<N == Norm::layer>(row, chunk, pivot, kept);
+    return moments_of(row, chunk, pivot, kept, over_lanes(chunk_size(chunk), first));
   }
 
   Moments moments_of(int64_t row, int64_t chunk, A pivot, const A* kept, const Look& first) const {
@@ -183,11 +188,13 @@ class Forward {
   }
 
   // Of a row of one chunk, after a first look.
-  LNC_INLINE Terms terms_of(int64_t row, A pivot, const Look& first, A* kept) const {
-    if (LNC_UNLIKELY(!is_near(p.cols, first))) return terms_of_far(row, pivot, first, kept);
-    const Terms t = scaled(pivot, moments(p.cols, first), 1);
-    save(row, t);
-    return t;
+  LNC_INLINE void set_terms(Terms& t, int64_t row, A pivot, const Look& first, A* kept) const {
+    if (LNC_UNLIKELY(!is_near(p.cols, first))) {
+      t = terms_of_far(row, pivot, first, kept);
+    } else {
+      t = scaled(pivot, moments(p.cols, first), 1);
+      save(row, t);
+    }
   }
 
   LNC_NOINLINE Terms terms_of_far(int64_t row, A pivot, const Look& first, A* kept) const {
@@ -201,7 +208,7 @@ class Forward {
   static constexpr int64_t kBlock = 512;
 
   template <class Values>
-  static LNC_INLINE Look look(int64_t n, const Values& values) {
+  static LNC_INLINE LaneLook look(int64_t n, const Values& values) {
     Accumulators<V> sums, squares;
     for (int64_t start = 0; start < n; start += kBlock) {
       Accumulators<V> block;
@@ -212,7 +219,10 @@ class Forward {
       });
       squares.add(block);
     }
-    return {N == Norm::layer ? sums.total() / static_cast<double>(n) : 0, squares.total()};
+    return {sums.folded(), squares.folded()};
+  }
+  static LNC_INLINE Look over_lanes(int64_t n, const LaneLook& l) {
+    return {N == Norm::layer ? sum(l.sum) / static_cast<double>(n) : 0, sum(l.squares)};
   }
 
   // Whether the pivot was so near to the mean that squared deviations from one give those from the other: half of them
@@ -231,8 +241,8 @@ class Forward {
   template <class Values>
   static Moments second_look(int64_t n, double mean, const Values& values) {
     const V about = set<V>(static_cast<A>(mean));
-    const Look l = look(n, [=](int64_t i, auto where) LNC_LAMBDA { return values(i, where) - about; });
-    return {static_cast<double>(n), mean, l.squares};
+    const LaneLook l = look(n, [=](int64_t i, auto where) LNC_LAMBDA { return values(i, where) - about; });
+    return {static_cast<double>(n), mean, sum(l.squares)};
   }
 
   Terms finish(int64_t row, A pivot, const Moments& m) const {
@@ -266,7 +276,7 @@ class Forward {
     const Moments m = pairwise(0, plan.chunks, [&](int64_t c) {
       const Again chunk = again(row, c * kChunk, pivot);
       const auto values = [=](int64_t i, auto where) LNC_LAMBDA { return chunk(i, where) * factor; };
-      const Look first = look(chunk_size(c), values);
+      const Look first = over_lanes(chunk_size(c), look(chunk_size(c), values));
       return N == Norm::rms ? moments(chunk_size(c), first) : second_look(chunk_size(c), first.mean, values);
     });
     return scaled(pivot, m, scale);
