@@ -27,7 +27,7 @@ LNC_EMULATED __m256 castps512_ps256(__m512 v) {
   return low;
 }
 LNC_EMULATED __m256d extractf64x4_pd(__m512d v, int upper) {
-  __m256d half;
+  __m256d half{};
   for (int i = 0; i < 4; i++) half[i] = v[4 * upper + i];
   return half;
 }
