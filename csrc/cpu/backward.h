@@ -41,6 +41,7 @@ class Backward {
   const BackwardParams& p;
   const ParallelFor parallel;
   const BackwardPlan plan = BackwardPlan::of(p);
+  const int64_t bytes = p.rows * p.cols * int64_t{sizeof(T)};
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = parameter<T>(p, parallel, p.weight, 1, p.workspace);
 
@@ -48,7 +49,7 @@ class Backward {
   Backward(const BackwardParams& params, ParallelFor parallel_for) : p(params), parallel(parallel_for) {}
 
   void run() const {
-    if (p.grad_input) will_write(p.grad_input, p.rows * p.cols * int64_t{sizeof(T)});
+    if (p.grad_input) will_write(p.grad_input, bytes);
     if (plan.split_columns)
       for (int64_t chunk = 0; chunk < plan.row_chunks; chunk++) run_by_columns(chunk);
     else
@@ -167,7 +168,7 @@ class Backward {
     const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
     // 16-bit rows take longer to compute than to read: time to have the lines of dx there when they are written. It
     // pays from twice the size on from which x and dy are fetched.
-    const bool fetches = sizeof(T) == 2 && is_far(p.rows * p.cols * int64_t{sizeof(T)} / 2);
+    const bool fetches = sizeof(T) == 2 && plan.fetches(bytes / 2);
     const T* const dx = row.dx + start;
     Accumulators<V> g_sums, g_xhat_sums;
     sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
@@ -191,10 +192,11 @@ class Backward {
       apply<true, false, false>(block, begin, end, to);
   }
 
-  // Two rows at a time halve the traffic of the sums, which stay in the first-level cache for a tile of columns.
+  // Two rows at a time halve the traffic of the sums, which stay in the first-level cache for a tile of columns, long
+  // enough for the processor's own prefetching.
   template <bool Dx, bool Dw, bool Db>
   void apply(const Block& block, int64_t begin, int64_t end, const Gradients& to) const {
-    constexpr int64_t tile = 512;
+    constexpr int64_t tile = 2048;
     for (; begin < end; begin += tile) {
       const int64_t n = end - begin < tile ? end - begin : tile;
       if (block.starts_chunk)
@@ -223,7 +225,7 @@ class Backward {
     });
     const A* const w = weight;
     const int64_t ahead = plan.block * p.cols;  // the next block, where rows are adjacent
-    const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)}), adds = p.grad_sum;
+    const bool fetches = plan.fetches(bytes), adds = p.grad_sum;
     A *const weight_sums = to.weight, *const bias_sums = to.bias;
     sweep<V, 2>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
       const int64_t j = begin + i;
@@ -231,7 +233,7 @@ class Backward {
       if constexpr (Dw) dw = get<V>(weight_sums + j, where);
       if constexpr (Db) db = get<V>(bias_sums + j, where);
       unrolled<R>([&](int r) LNC_LAMBDA {
-        if (LNC_UNLIKELY(far)) {
+        if (LNC_UNLIKELY(fetches)) {
           if (starts_line<T>(u)) prefetch(row[r].x, j + ahead);
           if (starts_line<O>(u)) prefetch(row[r].dy, j + ahead);
         }

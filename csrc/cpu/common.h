@@ -102,6 +102,9 @@ struct BackwardPlan {
   int64_t sums_bytes;        // behind it each chunk's Sums, of rows of several,
   int64_t workspace;         // behind them the weight and bias gradients of each chunk of rows
 
+  // Whether lines of so many bytes are asked for ahead of time: not where the block would drive them out first.
+  bool fetches(int64_t bytes) const { return !split_columns && is_far(bytes); }
+
   static BackwardPlan of(const BackwardParams& p) {
     BackwardPlan plan;
     const int64_t scalar = size_of(accumulate_type(p.dtype)), row_bytes = size_of(p.dtype) + size_of(p.output_dtype);
@@ -110,7 +113,7 @@ struct BackwardPlan {
     plan.rows_a_chunk = clamp(p.rows / 64, 32, 512);
     plan.row_chunks = ceil_div(p.rows, plan.rows_a_chunk);
     plan.split_columns = plan.row_chunks < 8;
-    const int64_t cache = plan.split_columns ? 4 << 20 : 16 << 10;
+    const int64_t cache = plan.split_columns ? 2 << 20 : 16 << 10;
     plan.block = clamp(cache / (p.cols * row_bytes), 2, kMaxBlock) / 2 * 2;
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
