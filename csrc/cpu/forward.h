@@ -187,7 +187,8 @@ class Forward {
       return second_look(n, first.mean, again(row, chunk * kChunk, pivot));
   }
 
-  // Of a row of one chunk, after a first look.
+  // Of a row of one chunk, after a first look. In place: returned, they would be copied in pieces wider than those they
+  // were written in, and wait for the stores.
   LNC_INLINE void set_terms(Terms& t, int64_t row, A pivot, const Look& first, A* kept) const {
     if (LNC_UNLIKELY(!is_near(p.cols, first))) {
       t = terms_of_far(row, pivot, first, kept);
