@@ -50,7 +50,6 @@ struct Accumulators {
     else
       return v[0] + v[1];
   }
-  LNC_INLINE double total() const { return sum(folded()); }
 };
 
 LNC_INLINE Moments merge(const Moments& a, const Moments& b) {
