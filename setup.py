@@ -71,9 +71,12 @@ def commands(build) -> dict[str, type]:
                 if build.cuda:
                     print(f"{PACKAGE}: LAYERNORM_CUDA_BUILD=off builds the CPU kernels only", file=sys.stderr)
                 raise
-            if self.inplace:  # build_ext --inplace runs nothing else
-                write_record(ROOT / PACKAGE)
             report()
+
+        def run(self) -> None:
+            super().run()
+            if self.inplace:  # build_ext --inplace runs nothing else; and while it builds, inplace is not set
+                write_record(ROOT / PACKAGE)
 
     return {"build_py": BuildPy, "build_ext": BuildExt}
 

@@ -1,4 +1,4 @@
-"""Installing: the search for a toolkit, what is refused and how, and the rule of the layers. Nothing is compiled."""
+"""Installing: the search for a toolkit, what is refused and how, and the rule of the layers. Nothing but a stub is compiled."""
 
 import importlib.util
 import os
@@ -318,6 +318,24 @@ def test_record_can_be_imported(configure):
     assert (values["TORCH"], values["CUDA"]) == (torch.__version__, "")
     assert values["WITHOUT_CUDA"] == "LAYERNORM_CUDA_BUILD=off"
     assert values["SUMMARY"] == build.summary
+
+
+def test_build_ext_inplace_leaves_a_record(tmp_path):
+    """Without it the module would lie there, and not be loaded."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copytree(ROOT / "build_support", tmp_path / "build_support")
+    for folder in ("csrc", "layernorm_cuda"):
+        (tmp_path / folder).mkdir()
+    stub = "#include <Python.h>\nPyMODINIT_FUNC PyInit__C() { return nullptr; }\n"
+    (tmp_path / "csrc" / "stub.cpp").write_text(stub)
+    environ = {**os.environ, "LAYERNORM_CUDA_BUILD": "off"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert list((tmp_path / "layernorm_cuda").glob("_C.*"))
+    assert "EXTENSION = True" in (tmp_path / "layernorm_cuda" / "_build_info.py").read_text()
 
 
 # ---- which torch ----------------------------------------------------------------------------------------------------
