@@ -1,4 +1,4 @@
-"""Installing: the search for a toolkit, what is refused and how, and the rule of the layers. Nothing but a stub is compiled."""
+"""Installing: the search for a toolkit, what is refused and how, and the layers. Nothing but a stub is compiled."""
 
 import importlib.util
 import os
