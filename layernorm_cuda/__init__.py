@@ -1,5 +1,9 @@
 """Layer normalisation for PyTorch: fused CUDA kernels, native CPU kernels, ``torch.nn.LayerNorm``'s interface."""
 
+from ._source import installed
+
+__path__ = installed(__path__)
+
 from ._info import LaunchPlan, build_info, launch_plan
 from .convert import Replacement, override, replace_norms, restore_norms
 from .functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm

@@ -370,6 +370,21 @@ def test_module_of_another_torch_is_not_loaded(monkeypatch):
     assert reason == f"it was compiled for torch 1.0.0+cu00, but torch {torch.__version__} is running"
 
 
+def test_source_folder_hands_over_to_the_installed_package(tmp_path):
+    """Where nothing is compiled, while the environment that Python runs in has the package."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    built = shutil.ignore_patterns("_build_info.py", "_C.*", "__pycache__")
+    for folder in (source, site):
+        shutil.copytree(ROOT / "layernorm_cuda", folder / "layernorm_cuda", ignore=built)
+    (site / "layernorm_cuda" / "_build_info.py").write_text("EXTENSION, WITHOUT_EXTENSION = False, 'a stub'")
+    code = "import layernorm_cuda as lnc; print(lnc.rnn.__file__, lnc.build_info()['load_error'])"
+    for cwd, said in ((source, f"{source / 'layernorm_cuda'} is layernorm_cuda's source, not built"), (site, "a stub")):
+        environ = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environ, capture_output=True, text=True)
+        assert done.stdout.split(maxsplit=1) == [str(site / "layernorm_cuda" / "rnn.py"), "a stub\n"], done.stderr
+        assert said in done.stderr
+
+
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
