@@ -16,6 +16,7 @@
 #define LNC_ISA avx512
 #define LNC_NAME "avx512"
 #define LNC_VECTOR_BYTES 64
+#define LNC_VECTOR_REGISTERS 32
 #include "kernels.h"
 
 #ifdef __clang__

@@ -166,9 +166,9 @@ class Backward {
     const O* dy = row.dy + start;
     const A* w = weight + start;
     const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
-    // 16-bit rows take longer to compute than to read: time to have the lines of dx there when they are written. It
-    // pays from twice the size on from which x and dy are fetched.
-    const bool fetches = sizeof(T) == 2 && plan.fetches(bytes / 2);
+    // Time to have the lines of dx there when they are written. It pays from twice the size on from which x and dy are
+    // fetched.
+    const bool fetches = plan.fetches(bytes / 2);
     const T* const dx = row.dx + start;
     Accumulators<V> g_sums, g_xhat_sums;
     sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
@@ -229,7 +229,8 @@ class Backward {
     A *const weight_sums = to.weight, *const bias_sums = to.bias;
     sweep<V, 2>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
       const int64_t j = begin + i;
-      V dw, db;
+      V dw, db, shared_w;
+      if constexpr (Dx && kHolds) shared_w = hold(get<V>(w + j, where));
       if constexpr (Dw) dw = get<V>(weight_sums + j, where);
       if constexpr (Db) db = get<V>(bias_sums + j, where);
       unrolled<R>([&](int r) LNC_LAMBDA {
@@ -238,11 +239,11 @@ class Backward {
           if (starts_line<O>(u)) prefetch(row[r].dy, j + ahead);
         }
         const V xhat = normalised<Centred>(load<V>(row[r].x + j, where), pivot[r], rstd[r], offset[r]);
-        const V dy = load<V>(row[r].dy + j, where);
+        const V dy = hold(load<V>(row[r].dy + j, where));
         if constexpr (Dw) dw = fma(dy, xhat, dw);
         if constexpr (Db) db = db + dy;
         if constexpr (Dx) {
-          const V g = fma(dy, get<V>(w + j, where), minus_mean_g[r]);
+          const V g = fma(dy, kHolds ? shared_w : get<V>(w + j, where), minus_mean_g[r]);
           const V projected = fma(minus_mean_g_xhat[r], xhat, g);
           V dx = rstd[r] * projected;
           if (LNC_UNLIKELY(adds)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));

@@ -12,8 +12,8 @@ class Forward {
   static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
   static constexpr bool kConverts = !std::is_same_v<T, A>;
-  // Deviations from the pivot are kept where they cost more than a second read.
-  static constexpr bool kKeeps = kConverts && N == Norm::layer;
+  // Deviations from the pivot are kept where they cost more than a second read: float16 takes instructions to convert.
+  static constexpr bool kKeeps = std::is_same_v<T, f16> && N == Norm::layer;
 
   // At a chunk's deviations from a pivot: their mean, and the sum of their squares. Lane by lane: their sum.
   struct Look {
@@ -214,7 +214,7 @@ class Forward {
     for (int64_t start = 0; start < n; start += kBlock) {
       Accumulators<V> block;
       sweep<V>(n - start < kBlock ? n - start : kBlock, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-        const V v = keep(values(start + i, where), where);
+        const V v = hold(keep(values(start + i, where), where));
         if constexpr (N == Norm::layer) sums.v[u] = sums.v[u] + v;
         block.v[u] = fma(v, v, block.v[u]);
       });
@@ -306,7 +306,16 @@ class Forward {
     const int64_t stride = padded(p.cols);
     int64_t r = 0;
     if constexpr (kConverts && std::is_same_v<Weights, Elements<V, T>>)
-      for (; !far && r + 2 <= rows; r += 2) normalise_two(first + r, terms + r, kept + r * stride, weights, biases);
+      for (; !far && r + 2 <= rows; r += 2) {
+        const auto two = [&](const auto& values0, const auto& values1)
+                             LNC_LAMBDA { normalise_two(first + r, terms + r, values0, values1, weights, biases); };
+        if constexpr (kKeeps)
+          two(Buffer<V, A>{kept + r * stride}, Buffer<V, A>{kept + (r + 1) * stride});
+        else if (terms[r].pivot == 0 && terms[r + 1].pivot == 0)
+          two(Elements<V, T>{source(first + r)}, Elements<V, T>{source(first + r + 1)});
+        else
+          two(again(first + r, 0, terms[r].pivot), again(first + r + 1, 0, terms[r + 1].pivot));
+      }
     for (; r < rows; r++)
       if (kKeeps || past_sum)
         normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride}, weights, biases);
@@ -317,16 +326,9 @@ class Forward {
   }
 
   // Two rows, which share the conversion of 16-bit parameters. From far away, rows are better fetched one by one.
-  template <class Weights, class Biases>
-  LNC_NOINLINE void normalise_two(int64_t first, const Terms* terms, const A* kept, const Weights& weights,
-                                  const Biases& biases) const {
-    const auto values = [&](int r) LNC_LAMBDA {
-      if constexpr (kKeeps)
-        return Buffer<V, A>{kept + r * padded(p.cols)};
-      else
-        return Elements<V, T>{source(first + r)};
-    };
-    const auto values0 = values(0), values1 = values(1);
+  template <class Values, class Weights, class Biases>
+  LNC_NOINLINE void normalise_two(int64_t first, const Terms* terms, const Values& values0, const Values& values1,
+                                  const Weights& weights, const Biases& biases) const {
     const V rstd0 = set<V>(terms[0].rstd), offset0 = set<V>(terms[0].offset);
     const V rstd1 = set<V>(terms[1].rstd), offset1 = set<V>(terms[1].offset);
     O *const y0 = static_cast<O*>(p.output) + first * p.cols, *const y1 = y0 + p.cols;

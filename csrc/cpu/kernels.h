@@ -1,7 +1,7 @@
 // All kernels, for one instruction set. A translation unit of its own includes common.h and its intrinsics,
-// then turns its instruction set on for everything that follows, names it (LNC_ISA, LNC_VECTOR_BYTES) and
-// includes this. What follows lives in lnc::cpu::LNC_ISA and calls no inline function from outside that the
-// linker could share between instruction sets.
+// then turns its instruction set on for everything that follows, names it (LNC_ISA, LNC_VECTOR_BYTES, and
+// LNC_VECTOR_REGISTERS where there are more than 16) and includes this. What follows lives in lnc::cpu::LNC_ISA and
+// calls no inline function from outside that the linker could share between instruction sets.
 #pragma once
 #include "backward.h"
 #include "forward.h"

@@ -339,6 +339,23 @@ LNC_INLINE void put(A* p, V v, Where where) {
     store(p, v, where);
 }
 
+// Keeps a vector in a register: the compiler would as soon read it again with each operation that needs it, and a core
+// reads fewer vectors of this size in a cycle than it computes with. Others have too few registers for that.
+#if LNC_VECTOR_REGISTERS == 32
+constexpr bool kHolds = true;
+template <class V>
+LNC_INLINE V hold(V v) {
+  if constexpr (!std::is_same_v<V, Pair>) asm("" : "+v"(v));
+  return v;
+}
+#else
+constexpr bool kHolds = false;
+template <class V>
+LNC_INLINE V hold(V v) {
+  return v;
+}
+#endif
+
 // Zero in the lanes that are not there.
 constexpr int32_t kMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
 template <class V>
