@@ -304,25 +304,27 @@ class Forward {
   LNC_NOINLINE void normalise_group(int64_t first, int64_t rows, const Terms* terms, const A* kept,
                                     const Weights& weights, const Biases& biases) const {
     const int64_t stride = padded(p.cols);
+    // Rows [r, r + n) are read in one way: values(r) of the function that body is called with.
+    const auto with_values = [&](int64_t r, int64_t n, const auto& body) LNC_LAMBDA {
+      bool about_zero = true;
+      for (int64_t i = r; i < r + n; i++) about_zero = about_zero && terms[i].pivot == 0;
+      if (kKeeps || past_sum)
+        body([&](int64_t i) LNC_LAMBDA { return Buffer<V, A>{kept + i * stride}; });
+      else if (about_zero)
+        body([&](int64_t i) LNC_LAMBDA { return Elements<V, T>{source(first + i)}; });
+      else
+        body([&](int64_t i) LNC_LAMBDA { return again(first + i, 0, terms[i].pivot); });
+    };
     int64_t r = 0;
     if constexpr (kConverts && std::is_same_v<Weights, Elements<V, T>>)
-      for (; !far && r + 2 <= rows; r += 2) {
-        const auto two = [&](const auto& values0, const auto& values1)
-                             LNC_LAMBDA { normalise_two(first + r, terms + r, values0, values1, weights, biases); };
-        if constexpr (kKeeps)
-          two(Buffer<V, A>{kept + r * stride}, Buffer<V, A>{kept + (r + 1) * stride});
-        else if (terms[r].pivot == 0 && terms[r + 1].pivot == 0)
-          two(Elements<V, T>{source(first + r)}, Elements<V, T>{source(first + r + 1)});
-        else
-          two(again(first + r, 0, terms[r].pivot), again(first + r + 1, 0, terms[r + 1].pivot));
-      }
+      for (; !far && r + 2 <= rows; r += 2)
+        with_values(r, 2, [&](const auto& values) LNC_LAMBDA {
+          normalise_two(first + r, terms + r, values(r), values(r + 1), weights, biases);
+        });
     for (; r < rows; r++)
-      if (kKeeps || past_sum)
-        normalise(first + r, 0, p.cols, terms[r], Buffer<V, A>{kept + r * stride}, weights, biases);
-      else if (terms[r].pivot == 0)
-        normalise(first + r, 0, p.cols, terms[r], Elements<V, T>{source(first + r)}, weights, biases);
-      else
-        normalise(first + r, 0, p.cols, terms[r], again(first + r, 0, terms[r].pivot), weights, biases);
+      with_values(r, 1, [&](const auto& values) LNC_LAMBDA {
+        normalise(first + r, 0, p.cols, terms[r], values(r), weights, biases);
+      });
   }
 
   // Two rows, which share the conversion of 16-bit parameters. From far away, rows are better fetched one by one.
