@@ -13,6 +13,7 @@
 
 #include "cpu/cpu.h"
 #include "kernels/params.h"
+#include "memory.h"
 #ifdef LAYERNORM_CUDA_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -39,7 +40,11 @@ void* data(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 // What at::empty gives, on the CPU without the dispatcher: a call with three results spends more there than in the
 // kernel if its rows are few.
 Tensor empty(IntArrayRef sizes, const Tensor& like, ScalarType dtype) {
-  if (like.is_cpu()) return at::detail::empty_cpu(sizes, dtype);
+  if (like.is_cpu()) {
+    constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+    const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
+    return at::detail::empty_generic(sizes, cpu_memory(bytes), cpu, dtype, std::nullopt);
+  }
   return at::empty(sizes, like.options().dtype(dtype));
 }
 
