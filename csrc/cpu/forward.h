@@ -32,7 +32,7 @@ class Forward {
   const ParallelFor parallel;
   const ForwardPlan plan = ForwardPlan::of(p);
   const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
-  const bool past_sum = plan.past && p.residual && plan.chunks == 1;  // and where the sum has left
+  const bool past_sum = plan.past && p.residual && plan.chunks == 1;
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = plan.given ? nullptr : parameter<T>(p, parallel, p.weight, 1, p.workspace);
   const A* const bias =
@@ -117,6 +117,10 @@ class Forward {
   const T* residual(int64_t row) const { return row_of<T>(p.residual, p.residual_rows, row); }
   T* sum_row(int64_t row) const { return static_cast<T*>(p.sum) + row * p.cols; }
   const T* source(int64_t row) const { return p.residual ? sum_row(row) : input(row); }
+  // Of a row whose sum has gone past the caches there is a copy.
+  const T* source(int64_t row, const A* kept) const {
+    return past_sum ? reinterpret_cast<const T*>(kept) : source(row);
+  }
 
   A pivot(int64_t row) const {
     if (N == Norm::rms) return 0;
@@ -150,41 +154,55 @@ class Forward {
   };
   Again again(int64_t row, int64_t start, A pivot) const { return {source(row) + start, set<V>(pivot)}; }
 
-  // Adds the residual where there is one.
-  template <bool Centred>
+  // Adds the residual where there is one: if quickly, the squares show whether the sum was lost by it.
+  template <bool Centred, bool Quick = true>
   LaneLook first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
     const int64_t start = chunk * kChunk, n = chunk_size(chunk);
     const V center = set<V>(pivot);
     const T* const x = input(row) + start;
-    const auto keeping = [=](bool keeps, int64_t i, auto where, V v) LNC_LAMBDA {
+    const auto deviation = [=](int64_t i, auto where, V v) LNC_LAMBDA {
       if constexpr (Centred) v = v - center;
-      if (keeps) put(kept + i, v, where);
+      if constexpr (kKeeps) put(kept + i, v, where);
       return v;
     };
     if (p.residual) {
       const T* const r = residual(row) + start;
       T* const to = sum_row(row) + start;
+      T* const copy = reinterpret_cast<T*>(kept);
       const bool past = past_sum;
       return look(n, [=](int64_t i, auto where) LNC_LAMBDA {
-        const V v = store_rounded(to + i, load<V>(x + i, where) + load<V>(r + i, where), where, past);
-        return keeping(kKeeps || past, i, where, v);
+        const auto sum = rounded<Quick, T>(load<V>(x + i, where) + load<V>(r + i, where));
+        if (LNC_UNLIKELY(past)) {
+          write_past(to + i, sum.bits, where);
+          if (!kKeeps) write(copy + i, sum.bits, where);
+        } else {
+          write(to + i, sum.bits, where);
+        }
+        return deviation(i, where, sum.value);
       });
     }
-    return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return keeping(kKeeps, i, where, load<V>(x + i, where)); });
+    return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return deviation(i, where, load<V>(x + i, where)); });
+  }
+
+  bool is_lost(const Look& first) const {
+    return std::is_same_v<T, bf16> && p.residual && !(first.squares < kMostSquares);
   }
 
   Moments moments_of(int64_t row, int64_t chunk, A pivot, A* kept) const {
-    const LaneLook first = first_look<N == Norm::layer>(row, chunk, pivot, kept);
-    return moments_of(row, chunk, pivot, kept, over_lanes(chunk_size(chunk), first));
+    constexpr bool centred = N == Norm::layer;
+    Look first = over_lanes(chunk_size(chunk), first_look<centred>(row, chunk, pivot, kept));
+    if (LNC_UNLIKELY(is_lost(first)))
+      first = over_lanes(chunk_size(chunk), first_look<centred, false>(row, chunk, pivot, kept));
+    return moments_of(row, chunk, pivot, kept, first);
   }
 
   Moments moments_of(int64_t row, int64_t chunk, A pivot, const A* kept, const Look& first) const {
     const int64_t n = chunk_size(chunk);
     if (N == Norm::rms || is_near(n, first)) return moments(n, first);
-    if (kKeeps || past_sum)
+    if constexpr (kKeeps)
       return second_look(n, first.mean, Buffer<V, A>{kept});
     else
-      return second_look(n, first.mean, again(row, chunk * kChunk, pivot));
+      return second_look(n, first.mean, Again{source(row, kept) + chunk * kChunk, set<V>(pivot)});
   }
 
   // Of a row of one chunk, after a first look. In place: returned, they would be copied in pieces wider than those they
@@ -199,7 +217,8 @@ class Forward {
   }
 
   LNC_NOINLINE Terms terms_of_far(int64_t row, A pivot, const Look& first, A* kept) const {
-    if (N == Norm::rms || pivot != 0) return finish(row, pivot, moments_of(row, 0, pivot, kept, first));
+    if (!is_lost(first) && (N == Norm::rms || pivot != 0))
+      return finish(row, pivot, moments_of(row, 0, pivot, kept, first));
     pivot = this->pivot(row);
     return finish(row, pivot, moments_of(row, 0, pivot, kept));
   }
@@ -228,9 +247,9 @@ class Forward {
 
   // Whether the pivot was so near to the mean that squared deviations from one give those from the other: half of them
   // are left, or of 16-bit data, which have digits to spare, a fifth. And no square may have left the range of A.
-  static constexpr double kLeft = kConverts ? 1.25 : 2;
+  static constexpr double kLeft = kConverts ? 1.25 : 2, kMostSquares = 1e38;
   static LNC_INLINE bool is_near(int64_t n, const Look& l) {
-    return l.squares > 1e-20 && l.squares < 1e38 &&
+    return l.squares > 1e-20 && l.squares < kMostSquares &&
            (N == Norm::rms || l.squares >= kLeft * static_cast<double>(n) * l.mean * l.mean);
   }
   static LNC_INLINE Moments moments(int64_t n, const Look& l) {
@@ -308,12 +327,12 @@ class Forward {
     const auto with_values = [&](int64_t r, int64_t n, const auto& body) LNC_LAMBDA {
       bool about_zero = true;
       for (int64_t i = r; i < r + n; i++) about_zero = about_zero && terms[i].pivot == 0;
-      if (kKeeps || past_sum)
+      if constexpr (kKeeps)
         body([&](int64_t i) LNC_LAMBDA { return Buffer<V, A>{kept + i * stride}; });
       else if (about_zero)
-        body([&](int64_t i) LNC_LAMBDA { return Elements<V, T>{source(first + i)}; });
+        body([&](int64_t i) LNC_LAMBDA { return Elements<V, T>{source(first + i, kept + i * stride)}; });
       else
-        body([&](int64_t i) LNC_LAMBDA { return again(first + i, 0, terms[i].pivot); });
+        body([&](int64_t i) LNC_LAMBDA { return Again{source(first + i, kept + i * stride), set<V>(terms[i].pivot)}; });
     };
     int64_t r = 0;
     if constexpr (kConverts && std::is_same_v<Weights, Elements<V, T>>)

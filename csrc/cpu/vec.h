@@ -194,6 +194,7 @@ LNC_INLINE Half pack(I v) { return __builtin_convertvector(v, Half); }
 LNC_INLINE I spread(Half h) { return h; }
 LNC_INLINE Half pack(I v) { return static_cast<Half>(v); }
 #endif
+LNC_INLINE U upper_halves(U even, U odd) { return (even >> 16) | (odd & 0xffff0000); }
 LNC_INLINE F widen(f16, Half half) {
   const I h = spread(half), magnitude = (h & 0x7fff) << 13;
   const I rebased = as<I>(as<F>(magnitude) * 0x1p112f);  // exact, subnormals too
@@ -224,9 +225,17 @@ LNC_INLINE U to_bf16(Pair v) {
   return as<U>(upper + (minus_saturated(lower_halves(even, odd), ~upper & 1) >> 15));
 #else
   const auto rounded = [](U u) { return u + 0x7fff + ((u >> 16) & 1); };
-  return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000);
+  return upper_halves(rounded(even), rounded(odd));
 #endif
 }
+
+// The same for a sum of two bfloat16 values, as a value (Veltkamp): exact where it is subnormal, for then it has no
+// bits to lose; not finite from 2^111 on, where the product is not.
+LNC_INLINE F rounded_sum(F v) {
+  const F product = v * 65537.0f;
+  return product - (product - v);
+}
+LNC_INLINE Pair rounded_sum(Pair v) { return {rounded_sum(v.even), rounded_sum(v.odd)}; }
 
 #ifdef LNC_VECTOR_BYTES
 #if defined(__clang__) || __GNUC__ >= 12
@@ -306,20 +315,39 @@ LNC_INLINE void store(S* p, V v, Where where, bool past) {
     if (LNC_UNLIKELY(past)) return store_past(p, v);
   store(p, v, where);
 }
-// And the value that it has there.
-template <class V, class T>
-LNC_INLINE V store_rounded(T* p, V v, Full, bool past) {
-  const auto bits = stored(p, v);
-  if (LNC_UNLIKELY(past))
-    write_past(p, bits);
-  else
-    write(p, bits);
-  return value(p, bits);
+// A vector as it lies in memory, and the value that it has there.
+template <class V, class B>
+struct Rounded {
+  B bits;
+  V value;
+};
+// A sum of two values of T. Quick: of bfloat16 not finite where it is 2^111 or more.
+template <bool Quick, class T, class V>
+LNC_INLINE auto rounded(V sum) {
+  const T* const element = nullptr;
+  if constexpr (Quick && std::is_same_v<T, bf16>) {
+    const V v = rounded_sum(sum);
+    return Rounded<V, U>{as<U>(upper_halves(as<U>(v.even), as<U>(v.odd))), v};
+  } else {
+    const auto bits = stored(element, sum);
+    return Rounded<V, std::decay_t<decltype(bits)>>{bits, value(element, bits)};
+  }
 }
-template <class V, class T>
-LNC_INLINE V store_rounded(T* p, V v, Part part, bool) {
-  store(p, v, part);
-  return value(p, stored(p, v));
+template <class T, class B>
+LNC_INLINE void write(T* p, B bits, Full) {
+  write(p, bits);
+}
+template <class T, class B>
+LNC_INLINE void write(T* p, B bits, Part part) {
+  memcpy(p, &bits, part.n * sizeof(T));
+}
+template <class T, class B>
+LNC_INLINE void write_past(T* p, B bits, Full) {
+  write_past(p, bits);
+}
+template <class T, class B>
+LNC_INLINE void write_past(T* p, B bits, Part part) {
+  write(p, bits, part);
 }
 
 // Buffers of our own hold values in the order of the lanes, and are padded to whole vectors where that is
