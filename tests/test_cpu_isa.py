@@ -184,6 +184,31 @@ def outputs_larger_than_the_cache():
             assert y[rows].equal(lnc.add_rms_norm(x[rows], r[rows], (cols,), w)[0])
 
 
+@check
+def gradients_larger_than_the_cache():
+    """The same of input gradients, of an odd number of rows, and of rows that threads share; sums are right."""
+    for dtype, rows, cols in (
+        (F32, 4099, 768),
+        (F32, 1537, 2048),
+        (BF16, 4100, 1024),
+        (F16, 8195, 512),
+        (F32, 3, 2**21),
+    ):
+        x, dy, ds = torch.randn(3, rows, cols).to(dtype)
+        w = torch.randn(cols).to(dtype)
+        stats = _ops.norm_forward(x, None, (cols,), w, None, 1e-5, False, True, None)[2]
+        for mask in ([True] * 3, [True, False, False]):
+            dx, dw, db = _ops.norm_backward(dy, ds, x, (cols,), w, stats, False, mask, None)
+            for part in (slice(0, 2), slice(rows - 3, rows)):
+                few = x[part], (cols,), w, stats[:, part], False, [True, False, False], None
+                assert dx[part].equal(_ops.norm_backward(dy[part], ds[part], *few)[0])
+        xhat = (x.double() - x[:, :1].double() - stats[0].double()[:, None]) * stats[1].double()[:, None]
+        _, dw, db = _ops.norm_backward(dy, ds, x, (cols,), w, stats, False, [True] * 3, None)
+        for got, want in ((dw, dy.double() * xhat), (db, dy.double())):
+            bound = ROUNDING[dtype] * want.sum(0).abs() + 1e-6 * (1 + want.abs().sum(0))
+            assert ((got.double() - want.sum(0)).abs() <= bound).all()
+
+
 # ---- one process for each instruction set ---------------------------------------------------------------------------
 
 

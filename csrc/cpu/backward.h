@@ -55,6 +55,7 @@ class Backward {
     else
       for_ranges(parallel, plan.row_chunks, grain_of(plan.rows_a_chunk * p.cols), [this](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; chunk++) run_by_rows(chunk);
+        if (plan.past) fence();
       });
     if ((p.grad_weight || p.grad_bias) && !plan.direct) fold();
   }
@@ -84,6 +85,7 @@ class Backward {
       }
       for_ranges(parallel, ceil_div(p.cols, tile), grain_of(tile * block.count), [&](int64_t begin, int64_t end) {
         apply(block, begin * tile, end * tile < p.cols ? end * tile : p.cols, gradients(chunk));
+        if (plan.past) fence();
       });
     });
   }
@@ -168,7 +170,7 @@ class Backward {
     const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
     // Time to have the lines of dx there when they are written. It pays from twice the size on from which x and dy are
     // fetched.
-    const bool fetches = plan.fetches(bytes / 2);
+    const bool fetches = plan.fetches(bytes / 2) && !plan.past;
     const T* const dx = row.dx + start;
     Accumulators<V> g_sums, g_xhat_sums;
     sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
@@ -192,9 +194,16 @@ class Backward {
       apply<true, false, false>(block, begin, end, to);
   }
 
+  template <bool Dx, bool Dw, bool Db>
+  void apply(const Block& block, int64_t begin, int64_t end, const Gradients& to) const {
+    if constexpr (Dx && kWritesPast)
+      if (plan.past) return apply<Dx, Dw, Db, true>(block, begin, end, to);
+    apply<Dx, Dw, Db, false>(block, begin, end, to);
+  }
+
   // Two rows at a time halve the traffic of the sums, which stay in the first-level cache for a tile of columns, long
   // enough for the processor's own prefetching.
-  template <bool Dx, bool Dw, bool Db>
+  template <bool Dx, bool Dw, bool Db, bool Past>
   void apply(const Block& block, int64_t begin, int64_t end, const Gradients& to) const {
     constexpr int64_t tile = 2048;
     for (; begin < end; begin += tile) {
@@ -207,14 +216,14 @@ class Backward {
       int r = 0;
       for (; r + 2 <= block.count; r += 2)
         if (!is_centred(block.rows[r]) && !is_centred(block.rows[r + 1]))
-          columns<2, !kAboutZero, Dx, Dw, Db>(block.rows + r, begin, n, to);
+          columns<2, !kAboutZero, Dx, Dw, Db, Past>(block.rows + r, begin, n, to);
         else
-          columns<2, true, Dx, Dw, Db>(block.rows + r, begin, n, to);
-      if (r < block.count) columns<1, true, Dx, Dw, Db>(block.rows + r, begin, n, to);
+          columns<2, true, Dx, Dw, Db, Past>(block.rows + r, begin, n, to);
+      if (r < block.count) columns<1, true, Dx, Dw, Db, Past>(block.rows + r, begin, n, to);
     }
   }
 
-  template <int R, bool Centred, bool Dx, bool Dw, bool Db>
+  template <int R, bool Centred, bool Dx, bool Dw, bool Db, bool Past>
   void columns(const Row* block_rows, int64_t begin, int64_t n, const Gradients& to) const {
     Row row[R];
     V pivot[R], rstd[R], offset[R], minus_mean_g[R], minus_mean_g_xhat[R];
@@ -227,8 +236,7 @@ class Backward {
     const int64_t ahead = plan.block * p.cols;  // the next block, where rows are adjacent
     const bool fetches = plan.fetches(bytes), adds = p.grad_sum;
     A *const weight_sums = to.weight, *const bias_sums = to.bias;
-    sweep<V, 2>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-      const int64_t j = begin + i;
+    const auto step = [&](int64_t j, auto where, int u, const auto& put_dx) LNC_LAMBDA {
       V dw, db, shared_w;
       if constexpr (Dx && kHolds) shared_w = hold(get<V>(w + j, where));
       if constexpr (Dw) dw = get<V>(weight_sums + j, where);
@@ -247,12 +255,30 @@ class Backward {
           const V projected = fma(minus_mean_g_xhat[r], xhat, g);
           V dx = rstd[r] * projected;
           if (LNC_UNLIKELY(adds)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));
-          store(row[r].dx + j, dx, where);
+          put_dx(r, dx);
         }
       });
       if constexpr (Dw) put(weight_sums + j, dw, where);
       if constexpr (Db) put(bias_sums + j, db, where);
-    });
+    };
+    if constexpr (Past) {
+      // A row's whole lines: of rows that take turns within one, the processor would write out unfinished ones.
+      constexpr int lanes = kLanes<V>, vectors = kLine<T> / lanes;
+      using Stored = decltype(stored(row[0].x, V{}));
+      for (int64_t j = begin; j < begin + n; j += kLine<T>) {
+        Stored line[R][vectors];
+        unrolled<vectors>([&](int u) LNC_LAMBDA {
+          step(j + u * lanes, Full{}, u, [&](int r, V dx) LNC_LAMBDA { line[r][u] = stored(row[0].x, dx); });
+        });
+        unrolled<R>([&](int r) LNC_LAMBDA {
+          unrolled<vectors>([&](int u) LNC_LAMBDA { write_past(row[r].dx + j + u * lanes, line[r][u]); });
+        });
+      }
+    } else {
+      sweep<V, 2>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+        step(begin + i, where, u, [&](int r, V dx) LNC_LAMBDA { store(row[r].dx + begin + i, dx, where); });
+      });
+    }
   }
 
   // Where a chunk of rows leaves its sums: [row_chunks, 2, padded cols] of the workspace, or at once the result.

@@ -32,7 +32,7 @@ constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ?
 constexpr int64_t grain_of(int64_t elements) { return ceil_div(kGrain, elements > 0 ? elements : 1); }
 
 // More than the last-level cache holds for one core, on many a machine: inputs and outputs drive each other out.
-constexpr int64_t kCache = 16 << 20;
+extern int64_t cache_bytes;
 
 // Whether rows come from so far away that it pays to ask for them ahead of time; up to here the processor's own
 // prefetching does better alone.
@@ -74,7 +74,7 @@ struct ForwardPlan {
     const int64_t bytes = elements * (size_of(p.output_dtype) + (2 * arrays - 1) * size_of(p.dtype));
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
-    plan.past = bytes >= kCache && misaligned % 64 == 0;
+    plan.past = bytes >= cache_bytes && misaligned % 64 == 0;
     // Rows that come from memory need their place in the cache for both inputs.
     const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (plan.past ? arrays : 1);
     plan.group = clamp((8 << 10) / row_bytes, 1, kMaxGroup);
@@ -97,6 +97,7 @@ struct BackwardPlan {
   int64_t rows_a_chunk;
   int64_t row_chunks;
   bool split_columns;        // too few chunks of rows: threads share rows
+  bool past;                 // dx goes to memory past the caches: it would drive x and dy out, and be driven out itself
   bool direct;               // sums are results already
   int64_t parameters_bytes;  // workspace for the weight as the kernels want it,
   int64_t sums_bytes;        // behind it each chunk's Sums, of rows of several,
@@ -115,6 +116,11 @@ struct BackwardPlan {
     plan.split_columns = plan.row_chunks < 8;
     const int64_t cache = plan.split_columns ? 2 << 20 : 16 << 10;
     plan.block = clamp(cache / (p.cols * row_bytes), 2, kMaxBlock) / 2 * 2;
+    // The last-level cache has room for blocks of rows that threads share: it pays from more on, there.
+    const int64_t bytes = p.rows * p.cols * (row_bytes + size_of(p.dtype));
+    const auto misaligned =
+        reinterpret_cast<uintptr_t>(p.grad_input) | static_cast<uintptr_t>(p.cols * size_of(p.dtype));
+    plan.past = bytes >= (plan.split_columns ? 4 * cache_bytes : cache_bytes / 2 * 3) && misaligned % 64 == 0;
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
     plan.sums_bytes = plan.split_columns && plan.chunks > 1 ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;

@@ -55,6 +55,8 @@ const Kernels& kernels() {
 
 }  // namespace
 
+int64_t cache_bytes = 16 << 20;
+
 void will_write(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // What is smaller holds hardly a huge page, and mostly comes from memory that malloc has kept.

@@ -100,6 +100,16 @@ LNC_INLINE void write(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 
+// Elements of T in a cache line.
+template <class T>
+constexpr int kLine = 64 / sizeof(T);
+
+#if LNC_VECTOR_BYTES >= 32
+constexpr bool kWritesPast = true;
+#else
+constexpr bool kWritesPast = false;
+#endif
+
 // To memory past the caches; p is aligned. The task that does so ends with a fence.
 template <class V>
 LNC_INLINE void write_past(void* p, V v) {
@@ -435,7 +445,7 @@ LNC_INLINE void prefetch(const T* p, int64_t i) {
 // Whether the u-th of several adjacent vectors of T is the first to touch its cache line.
 template <class T>
 constexpr bool starts_line(int u) {
-  return u * kLanes<typename Computed<T>::Vector> * sizeof(T) % 64 == 0;
+  return u * kLanes<typename Computed<T>::Vector> % kLine<T> == 0;
 }
 
 // Calls body(i, where, u) for the vectors of n columns, in one fixed order; u < unroll numbers those that may
