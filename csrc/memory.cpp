@@ -15,11 +15,19 @@ namespace {
 constexpr size_t kLarge = 1 << 20;
 
 class KeptMemory final : public c10::Allocator {
-  // Lies before the memory itself, whose alignment it keeps.
+  // Lies before the memory itself, which begins where malloc's own large blocks do within their page: results beside
+  // inputs of another place hold each other up now and then (see BackwardPlan).
   struct alignas(64) Block {
+    static constexpr size_t kPage = 4096, kPlace = 64;
+    void* allocated;
     size_t bytes;
     void* memory() { return this + 1; }
     static Block* of(void* memory) { return static_cast<Block*>(memory) - 1; }
+    static Block* in(void* allocated, size_t bytes) {
+      const auto first = reinterpret_cast<uintptr_t>(allocated) + sizeof(Block);
+      const auto memory = first + (kPlace - first) % kPage;
+      return new (reinterpret_cast<void*>(memory - sizeof(Block))) Block{allocated, bytes};
+    }
   };
 
   std::mutex mutex;
@@ -51,7 +59,7 @@ class KeptMemory final : public c10::Allocator {
 
   void keep(Block* block) {
     const auto locked = lock();
-    if (!locked || block->bytes > most) return c10::free_cpu(block);
+    if (!locked || block->bytes > most) return c10::free_cpu(block->allocated);
     idle.push_back(block);
     idle_bytes += block->bytes;
     shrink_to(most);
@@ -61,21 +69,19 @@ class KeptMemory final : public c10::Allocator {
     size_t gone = 0;
     for (; idle_bytes > bytes; gone++) {
       idle_bytes -= idle[gone]->bytes;
-      c10::free_cpu(idle[gone]);
+      c10::free_cpu(idle[gone]->allocated);
     }
     idle.erase(idle.begin(), idle.begin() + static_cast<std::ptrdiff_t>(gone));
   }
 
   Block* create(size_t bytes) {
-    const size_t all = sizeof(Block) + bytes;
-    void* place;
+    const size_t all = sizeof(Block) + Block::kPage + bytes;
     try {
-      place = c10::alloc_cpu(all);
+      return Block::in(c10::alloc_cpu(all), bytes);
     } catch (const c10::Error&) {  // what is kept may be what is missing
       if (const auto locked = lock()) shrink_to(0);
-      place = c10::alloc_cpu(all);
+      return Block::in(c10::alloc_cpu(all), bytes);
     }
-    return new (place) Block{bytes};
   }
 
   static void release(void* memory) {
