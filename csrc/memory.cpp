@@ -11,8 +11,8 @@
 namespace lnc {
 namespace {
 
-// What is smaller comes from memory that malloc has kept.
-constexpr size_t kLarge = 1 << 20;
+// What is smaller comes from memory that malloc has kept, and often from what was freed just before, still in a cache.
+constexpr size_t kLarge = 8 << 20;
 
 class KeptMemory final : public c10::Allocator {
   // Lies before the memory itself, which begins where malloc's own large blocks do within their page: results beside

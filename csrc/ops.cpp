@@ -38,12 +38,12 @@ void parallel_for(int64_t count, int64_t grain, cpu::Task task, void* context) {
 void* data(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 // What at::empty gives, on the CPU without the dispatcher: a call with three results spends more there than in the
-// kernel if its rows are few.
-Tensor empty(IntArrayRef sizes, const Tensor& like, ScalarType dtype) {
+// kernel if its rows are few. alike: as many such tensors are wanted together.
+Tensor empty(IntArrayRef sizes, const Tensor& like, ScalarType dtype, size_t alike = 1) {
   if (like.is_cpu()) {
     constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
     const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
-    return at::detail::empty_generic(sizes, cpu_memory(bytes), cpu, dtype, std::nullopt);
+    return at::detail::empty_generic(sizes, cpu_memory(alike * bytes), cpu, dtype, std::nullopt);
   }
   return at::empty(sizes, like.options().dtype(dtype));
 }
@@ -256,8 +256,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& input_, const Opti
   Rows x = rows_of(input, p), r;
   if (residual.defined()) r = rows_of(residual, p);
   Tensor w = weight ? param_as(*weight, params) : Tensor(), b = bias ? param_as(*bias, params) : Tensor();
-  Tensor output = empty(input.sizes(), input, output_type), sum, stats;
-  if (residual.defined()) sum = empty(input.sizes(), input, type);
+  const size_t alike = residual.defined() ? 2 : 1;
+  Tensor output = empty(input.sizes(), input, output_type, alike), sum, stats;
+  if (residual.defined()) sum = empty(input.sizes(), input, type, alike);
   if (save_stats) stats = empty({rms ? 1 : 2, p.rows}, input, wide);
   if (output.numel() == 0) return {output, sum, stats};
 
