@@ -20,7 +20,7 @@ namespace lnc {
 constexpr int kBackwardThreads = 512;
 // Groups that share a warp.
 template <int SIZE>
-constexpr int kTogether = SIZE == kWarps ? 1 : 32 / SIZE;
+constexpr int kTogether = kWithinWarp<SIZE> ? 32 / SIZE : 1;
 
 struct BackwardArgs {
   BackwardParams p;
@@ -28,6 +28,7 @@ struct BackwardArgs {
   bool wide_params;
   bool param_grads;  // whether weight or bias gradients are wanted: then partials are written
   double inverse_cols;
+  const void* rstd;  // A [rows], of p.stats
   int64_t slice_cols, slices, row_blocks;
   int cluster;     // blocks that share a row
   int staged;      // slices of a row that wait in shared memory
@@ -71,11 +72,10 @@ struct Incoming {
         }
       }
     }
-    const A* stats = static_cast<const A*>(p.stats);
     const bool layer = is_layer<norm>(p);
     pivot = layer ? *input : T{};
-    shift = layer ? stats[row] : A(0);
-    rstd = stats[(layer ? p.rows : 0) + row];
+    shift = layer ? static_cast<const A*>(p.stats)[row] : A(0);
+    rstd = static_cast<const A*>(args.rstd)[row];
   }
 
   // Where they wait in shared memory: each thread's apart from the others', its packs group.size apart.
@@ -146,42 +146,55 @@ struct ParamGrads {
     }
   }
 
-  // Adds up what the groups of a block have, into its first group: those that share a warp, whose lanes hold the same
-  // columns at the same place in their groups, and then warps' parts. The upper half of these leaves what it has in
-  // shared memory for the lower half to add, and so on.
-  template <int SIZE, class G>
-  __device__ void fold(A* shared, const G& group) {
+  // Adds up what the groups of a block have: those that share a warp, whose lanes hold the same columns at the same
+  // place in their groups, then the upper half of the warps' or groups' parts to the lower, through shared memory, and
+  // at last all that is left, every thread of the block a share of it: write(is_bias, i, values) for pack i of a row.
+  template <int SIZE, class G, class F>
+  __device__ void fold(A* shared, const G& group, F write) {
 #pragma unroll
-    for (int offset = SIZE; SIZE != kWarps && offset < 32; offset *= 2)
+    for (int offset = SIZE; kWithinWarp<SIZE> && offset < 32; offset *= 2)
       each_pack([&](int, A(&values)[kPack<A>]) {
 #pragma unroll
         for (int k = 0; k < kPack<A>; ++k) values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
       });
-    const int part = group.index / kTogether<SIZE>;
+    const int part = group.index / kTogether<SIZE>, parts = group.count() / kTogether<SIZE>, half = (parts + 1) / 2;
     const bool first = group.index % kTogether<SIZE> == 0;
-    for (int parts = group.count() / kTogether<SIZE>, half; parts > 1; parts = half) {
-      half = (parts + 1) / 2;
-      Raw<A>* const there = reinterpret_cast<Raw<A>*>(shared) + (part % half) * kPacks * group.size + group.rank;
-      if (first && part >= half && part < parts)
-        each_pack([&](int i, A(&values)[kPack<A>]) { there[i * group.size] = pack<A>(values); });
-      __syncthreads();
-      if (first && part < parts - half) {
-        Raw<A> more[kPacks];
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) more[i] = there[i * group.size];
-        each_pack([&](int i, A(&values)[kPack<A>]) {
-          A add[kPack<A>];
-          unpack<A>(more[i], add);
-#pragma unroll
-          for (int k = 0; k < kPack<A>; ++k) values[k] += add[k];
-        });
-      }
-      __syncthreads();
+    Raw<A>* const packs = reinterpret_cast<Raw<A>*>(shared);
+    Raw<A>* const there = packs + (part % half) * kPacks * group.size + group.rank;
+    if (first && part >= half && part < parts)
+      each_pack([&](int i, A(&values)[kPack<A>]) { there[i * group.size] = pack<A>(values); });
+    __syncthreads();
+    if (first && part < half) {
+      each_pack([&](int i, A(&values)[kPack<A>]) {
+        if (part < parts - half) add(values, there[i * group.size]);
+        there[i * group.size] = pack<A>(values);
+      });
+    }
+    __syncthreads();
+    // In the order in which they lie in memory, so that a warp writes whole lines.
+    constexpr int kHalf = kPacks / 2,
+                  kEach = kHalf / VECS;  // packs of one gradient; of one of a thread's packs of a row
+    const int threads = group.count() * group.size, all = kHalf * group.size;
+    for (int o = group.index * group.size + group.rank; o < 2 * all; o += threads) {
+      const bool is_bias = o >= all;
+      const int i = is_bias ? o - all : o, v = i / kEach / group.size, rank = i / kEach - v * group.size;
+      const Raw<A>* from = packs + ((is_bias ? kHalf : 0) + v * kEach + i % kEach) * group.size + rank;
+      A values[kPack<A>];
+      unpack<A>(*from, values);
+      for (int k = 1; k < half; ++k) add(values, from[k * kPacks * group.size]);
+      write(is_bias, i, values);
     }
   }
 
  private:
   static constexpr int kPacks = 2 * VECS * N / kPack<A>;
+
+  __device__ static void add(A (&values)[kPack<A>], const Raw<A>& more) {
+    A other[kPack<A>];
+    unpack<A>(more, other);
+#pragma unroll
+    for (int k = 0; k < kPack<A>; ++k) values[k] += other[k];
+  }
 
   template <class F>
   __device__ void each_pack(F f) {
@@ -269,13 +282,18 @@ struct BackwardPart {
   }
 };
 
-// A thread's columns of one array of partials.
+// A thread's columns of set number set of the partials, from column begin on.
 template <class T, int VECS, class G>
-__device__ inline void write_partials(Accumulate<T>* out, const Accumulate<T> (&grads)[VECS][kPack<T>], int cols,
-                                      const G& group) {
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+__device__ inline void write_partials(const ParamGrads<T, VECS>& grads, const BackwardArgs& args, int64_t set,
+                                      int64_t begin, int cols, const G& group) {
+  auto write = [&](const Accumulate<T>(&values)[VECS][kPack<T>], int64_t row) {
+    Accumulate<T>* out = static_cast<Accumulate<T>*>(args.partials) + row * args.p.cols + begin;
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
 #pragma unroll
-  for (int v = 0; v < VECS; ++v) store_wide<T>(out, grads[v], v * group.size + group.rank, cols, aligned);
+    for (int v = 0; v < VECS; ++v) store_wide<T>(out, values[v], v * group.size + group.rank, cols, aligned);
+  };
+  if (args.p.grad_weight) write(grads.weight, set);
+  if (args.p.grad_bias) write(grads.bias, args.row_blocks + set);
 }
 
 // Sums that the blocks of a cluster have each of their part of a row, added up in the order of the blocks: the same
@@ -296,6 +314,17 @@ struct ClusterSums {
   }
 };
 
+// Every block needs all of the weights at the same moment, when its first rows have come, and a cache that has not yet
+// got what it has just asked memory for serves only a few that ask for the same. So each block asks for a share first.
+__device__ inline void ask_for_share(const void* weight, unsigned bytes) {
+#ifndef LNC_HOST_EXECUTION
+  const unsigned sector = blockIdx.x + (threadIdx.y * blockDim.x + threadIdx.x) * gridDim.x;
+  if (sector < bytes / 32u)
+    asm volatile(
+        "{.reg .b32 ignored;\n\tld.global.b32 ignored, [%0];}" ::"l"(static_cast<const char*>(weight) + sector * 32u));
+#endif
+}
+
 // CLUSTER: the blocks of a cluster share a row, each with a slice of it.
 template <class T, class D, Norm norm, int SIZE, int VECS, bool WHOLE, bool CLUSTER = false>
 __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const BackwardArgs args) {
@@ -306,8 +335,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   // of this one until it is used; and for the weights, for which a row would wait behind the next one's loads. Where
   // not, a row is taken from its bytes twice.
   constexpr bool kAhead = WHOLE;
-  // Room for both gradients of half a block's groups, or rather of its warps where several groups share one.
-  constexpr int kRoom = CLUSTER ? 4 : kBackwardThreads * VECS * N / kTogether<SIZE>;
+  // Room for both gradients of half a block's groups, or rather of its warps where several groups share one: two of
+  // three groups of 160 threads are the most.
+  constexpr int kRoom = CLUSTER ? 4 : (SIZE == kWarps ? 640 : kBackwardThreads) * VECS * N / kTogether<SIZE>;
   __shared__ __align__(16) A shared[kRoom];
   __shared__ GroupScratch<A> scratch;
   __shared__ ClusterSums<A> cluster_sums;
@@ -327,6 +357,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   const int64_t stride = int64_t(walkers) * group.count();
   int64_t row =
       (int64_t(group.index / kTogether<SIZE>) * walkers + walker) * kTogether<SIZE> + group.index % kTogether<SIZE>;
+  if (kAhead && !CLUSTER && p.weight) ask_for_share(p.weight, cols * unsigned(sizeof(T)));
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
   // <WHOLE> would hold too, but orders the kernel's instructions worse.
   weight.template load<false>(extent, group);
@@ -339,6 +370,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
     if (kAhead && row + stride < p.rows) in.template load<norm>(args, row + stride, begin, extent, group);
     part.template take<true>(weight, grads, 0, sums, extent, group);
     if (p.grad_input) {
+      if (!kAhead) forget(group.rank);
       group.sum(sums);
       if (CLUSTER) {
         cluster_sums.add(sums, turn, cluster);
@@ -353,12 +385,12 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
     }
   }
   if (!args.param_grads) return;
-  if (!CLUSTER) grads.template fold<SIZE>(shared, group);
-  if (group.index > 0) return;
-  A* out = static_cast<A*>(args.partials) + walker * p.cols + begin;
-  if (p.grad_weight) write_partials<T>(out, grads.weight, cols, group);
-  out += args.row_blocks * p.cols;
-  if (p.grad_bias) write_partials<T>(out, grads.bias, cols, group);
+  if (CLUSTER || group.count() == 1) return write_partials(grads, args, walker, begin, cols, group);
+  grads.template fold<SIZE>(shared, group, [&](bool is_bias, int i, const A(&values)[kPack<A>]) {
+    if (!(is_bias ? p.grad_bias : p.grad_weight)) return;
+    A* out = static_cast<A*>(args.partials) + (is_bias ? args.row_blocks + walker : walker) * p.cols;
+    store_wide<A>(out, values, i, cols, cols % kPack<A> == 0);
+  });
 }
 
 // A row a block, in up to SLICES slices: the sums need all of it before the first element is finished, and meanwhile
@@ -413,10 +445,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const Bac
     }
   }
   if (!args.param_grads) return;
-  A* out = static_cast<A*>(args.partials) + blockIdx.x * p.cols;
-  if (p.grad_weight) write_partials<T>(out, grads.weight, cols, group);
-  out += args.row_blocks * p.cols;
-  if (p.grad_bias) write_partials<T>(out, grads.bias, cols, group);
+  write_partials(grads, args, blockIdx.x, 0, cols, group);
 }
 
 // Sums of g and g * xhat over slice blockIdx.x of row blockIdx.y + k * gridDim.y.
@@ -473,10 +502,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_slices(const Bac
     }
   }
   if (!args.param_grads) return;
-  A* out = static_cast<A*>(args.partials) + blockIdx.y * p.cols + begin;
-  if (p.grad_weight) write_partials<T>(out, grads.weight, extent.cols, group);
-  out += args.row_blocks * p.cols;
-  if (p.grad_bias) write_partials<T>(out, grads.bias, extent.cols, group);
+  write_partials(grads, args, blockIdx.y, begin, extent.cols, group);
 }
 
 // grad_weight (blockIdx.y 0) and grad_bias (1): the sum over row_blocks of partials. A thread takes M columns (as many

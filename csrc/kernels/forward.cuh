@@ -32,57 +32,60 @@ struct SliceMoments {
 };
 
 template <int SIZE>
-constexpr int kForwardThreads = SIZE == kWarps ? 512 : 128;
+constexpr int kForwardThreads = SIZE == kWarps      ? 512
+                                : kWithinWarp<SIZE> ? 128
+                                                    : SIZE;
 // Whether a persistent grid walks the rows, the next one on its way while this one is reduced and written: where a warp
 // has rows of its own and registers suffice for two. Others have one row a group.
 template <class T, int SIZE, bool WHOLE>
-constexpr bool kForwardAhead = WHOLE && SIZE != kWarps && sizeof(T) < 8;
+constexpr bool kForwardAhead = WHOLE && kWithinWarp<SIZE> && sizeof(T) < 8;
 // Blocks that a multiprocessor holds at least: as many as the plan gives it, or where a row has a block and that spills
 // nothing, what leaves 64 registers a thread, so that rows enough are on their way.
 template <class T, int SIZE, int VECS, bool WHOLE>
 constexpr int kForwardBlocks =
     kForwardAhead<T, SIZE, WHOLE>               ? forward_threads(SIZE, VECS, kPack<T>) / kForwardThreads<SIZE>
     : WHOLE && SIZE == kWarps && sizeof(T) == 4 ? 2
+    : WHOLE && SIZE == 64                       ? kMostBlocks < 20 ? kMostBlocks : 20
                                                 : 1;
 
 // Packs of weight and bias that are on their way ahead of the one in use.
 template <int VECS, bool PLAIN>
 constexpr int kParamsAhead = PLAIN ? (VECS < 2 ? VECS : 2) : 0;
+// Of a row whose threads have few packs each they leave with the row itself: asked for when its sums are known, they
+// would wait behind the rows that other blocks have begun to read.
+template <int SIZE, int VECS, bool WHOLE>
+constexpr bool kParamsWithRow = WHOLE && !kWithinWarp<SIZE> && VECS <= 2;
 
-// The packs of a row, or of a stretch of it from column begin on, with the residual added; writes the sum if asked to.
-template <class T, int VECS, class E, class G>
-__device__ inline void fetch(Raw<T> (&raw)[VECS], const ForwardArgs& args, int64_t row, int64_t begin, const E& extent,
-                             bool write_sum, G group) {
+// The packs of a row, or of a stretch of it from column begin on, and the row's first element, its pivot (none for
+// rms), with the residual added; writes the sum if asked to. All as they lie in memory: a conversion would wait for
+// them.
+template <class T, Norm norm, int VECS, class E, class G>
+__device__ inline void fetch(Raw<T> (&raw)[VECS], T& pivot, const ForwardArgs& args, int64_t row, int64_t begin,
+                             const E& extent, bool write_sum, G group) {
   constexpr int N = kPack<T>;
   const ForwardParams& p = args.p;
-  load_row(raw, static_cast<const T*>(p.input) + row_offset(p.input_rows, row) + begin, extent, group);
-  if (!p.residual) return;
-  forget(group.rank);
-  Raw<T> more[VECS];
-  load_row(more, static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row) + begin, extent, group);
-#pragma unroll
-  for (int v = 0; v < VECS; ++v) {
-    Accumulate<T> a[N], b[N];
-    unpack<T>(raw[v], a);
-    unpack<T>(more[v], b);
-#pragma unroll
-    for (int e = 0; e < N; ++e) a[e] += b[e];
-    raw[v] = pack<T>(a);
-  }
-  if (write_sum) store_row(static_cast<T*>(p.sum) + row * p.cols + begin, raw, extent, group);
-}
-
-// A row's first element as it lies in memory, or as the sum with the residual will: a conversion would wait for it.
-template <class T, Norm norm>
-__device__ inline T pivot_of(const ForwardArgs& args, int64_t row) {
-  const ForwardParams& p = args.p;
-  if (!is_layer<norm>(p)) return T{};
-  T pivot = static_cast<const T*>(p.input)[row_offset(p.input_rows, row)];
+  const bool layer = is_layer<norm>(p);
+  const T* const input = static_cast<const T*>(p.input) + row_offset(p.input_rows, row);
+  load_row(raw, input + begin, extent, group);
   if (p.residual) {
-    const T more = static_cast<const T*>(p.residual)[row_offset(p.residual_rows, row)];
-    pivot = narrow<T>(widen(pivot) + widen(more));
+    forget(group.rank);
+    const T* const residual = static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row);
+    Raw<T> more[VECS];
+    load_row(more, residual + begin, extent, group);
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+      Accumulate<T> a[N], b[N];
+      unpack<T>(raw[v], a);
+      unpack<T>(more[v], b);
+#pragma unroll
+      for (int e = 0; e < N; ++e) a[e] += b[e];
+      raw[v] = pack<T>(a);
+    }
+    if (write_sum) store_row(static_cast<T*>(p.sum) + row * p.cols + begin, raw, extent, group);
   }
-  return pivot;
+  pivot = layer ? *input : T{};
+  if (layer && p.residual)
+    pivot = narrow<T>(widen(pivot) + widen(static_cast<const T*>(p.residual)[row_offset(p.residual_rows, row)]));
 }
 
 // A thread's part of a row (or of a slice of it) as deviations from the row's pivot.
@@ -119,11 +122,8 @@ struct RowPart {
   // Of all the group's parts: mean from the pivot (0 for rms) and sum of squared deviations from it.
   template <class G>
   __device__ Moments<A> moments(const ForwardParams& p, bool even, A inverse_cols, G& group) const {
-    if (!is_layer<norm>(p)) {
-      A squares[1] = {sum(group, [](A& total, A x) { total = multiply_add(x, x, total); })};
-      group.sum(squares);
-      return {A(0), A(0), squares[0]};
-    }
+    if (!is_layer<norm>(p)) return {A(0), A(0), squares(A(0), A(1), group)};
+    if constexpr (kNarrow<T>) return moments_of_narrow(inverse_cols, group);
     constexpr int kAll = VECS * N;
     const A n = even ? A(kAll) : A(extent.template count<VECS>(group));
     const A inverse = even ? A(1) / A(kAll) : n > A(0) ? divide(A(1), n) : A(0);
@@ -133,15 +133,28 @@ struct RowPart {
     return even ? group.template merge_equal<kAll>(total, m2, inverse_cols) : group.merge(Moments<A>{n, mean, m2});
   }
 
-  // The sum of squared deviations from mean with everything scaled by a power of two.
+  // The group's sum of squared deviations from mean with everything scaled by a power of two.
   template <class G>
-  __device__ A scaled_squares(A mean, A scale, G& group) const {
-    A squares[1] = {sum(group, [&](A& total, A x) {
+  __device__ A squares(A mean, A scale, G& group) const {
+    A total[1] = {sum(group, [&](A& total, A x) {
       const A t = (x - mean) * scale;
       total = multiply_add(t, t, total);
     })};
-    group.sum(squares);
-    return squares[0];
+    group.sum(total);
+    return total[0];
+  }
+
+ private:
+  // Sum and squares from the pivot in one look and one exchange, the squares corrected by the mean's distance from it
+  // where that costs at most four of the 24 bits that they are summed in, of which 16-bit data have 11 or 8 themselves.
+  template <class G>
+  __device__ Moments<A> moments_of_narrow(A inverse_cols, G& group) const {
+    A sums[2];
+    sums[0] = sum(group, [](A& total, A x) { total += x; });
+    sums[1] = sum(group, [](A& total, A x) { total = multiply_add(x, x, total); });
+    group.sum(sums);
+    const A mean = sums[0] * inverse_cols, m2 = multiply_add(-mean, sums[0], sums[1]);
+    return {A(0), mean, m2 >= A(0.0625) * sums[1] ? m2 : squares(mean, A(1), group)};
   }
 };
 
@@ -166,11 +179,25 @@ __device__ inline A rstd_of(A m2, A inverse_cols, A eps, F scaled_m2) {
   return v == A(0) ? A(0) : scale * inverse_sqrt(v);
 }
 
+// Weight and bias of a thread's columns, EARLY packs of each ahead.
+template <class T, int VECS, int EARLY>
+struct Affine {
+  Param<T, VECS, EARLY> weight, bias;
+  __device__ Affine(const ForwardArgs& args, int64_t begin)
+      : weight(args.p.weight, begin, args.wide_params), bias(args.p.bias, begin, args.wide_params) {}
+  template <bool PLAIN, bool BIAS, class E, class G>
+  __device__ void load(const E& extent, const G& group) {
+    weight.template load<PLAIN>(extent, group);
+    if (BIAS) bias.template load<PLAIN>(extent, group);
+  }
+};
+
 // y = xhat * weight + bias, written to the output. Leaves nothing of d. PLAIN promises what args.plain says, and that
-// there is a bias where BIAS.
-template <bool PLAIN, bool BIAS, class T, Norm norm, int VECS, class E, class G>
-__device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
-                                    const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
+// there is a bias where BIAS. LOADED: weight and bias are on their way already.
+template <bool PLAIN, bool BIAS, bool LOADED, class T, Norm norm, int VECS, int EARLY, class E, class G>
+__device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Affine<T, VECS, EARLY>& affine, Accumulate<T> shift,
+                                    Accumulate<T> rstd, const ForwardArgs& args, int64_t row, int64_t begin,
+                                    const G& group) {
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
   const ForwardParams& p = args.p;
@@ -178,17 +205,14 @@ __device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Accumulate<T> 
   const bool wide_output = !PLAIN && kNarrow<T> && args.wide_output;
   const A centre = -shift * rstd;
   const int64_t offset = row * p.cols + begin;
-  Param<T, VECS, kParamsAhead<VECS, PLAIN>> weight(p.weight, begin, args.wide_params),
-      bias(p.bias, begin, args.wide_params);
-  weight.template load<PLAIN>(extent, group);
-  if (BIAS) bias.template load<PLAIN>(extent, group);
+  if (!LOADED) affine.template load<PLAIN, BIAS>(extent, group);
   Raw<T> raw[VECS];
 #pragma unroll
   for (int v = 0; v < VECS; ++v) {
     if (E::kWhole && !extent.has(v, group)) continue;
     A w[N], b[N] = {};
-    weight.template values<PLAIN>(v, w, A(1), extent, group);
-    if (BIAS) bias.template values<PLAIN>(v, b, A(0), extent, group);
+    affine.weight.template values<PLAIN>(v, w, A(1), extent, group);
+    if (BIAS) affine.bias.template values<PLAIN>(v, b, A(0), extent, group);
 #pragma unroll
     for (int e = 0; e < N; ++e) x.d[v][e] = multiply_add(multiply_add(x.d[v][e], rstd, centre), w[e], b[e]);
     if (wide_output)
@@ -202,17 +226,31 @@ __device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Accumulate<T> 
   if (!E::kWhole && !wide_output) store_row(static_cast<T*>(p.output) + offset, raw, extent, group);
 }
 
+template <bool PLAIN, bool BIAS, class T, Norm norm, int VECS, class E, class G>
+__device__ inline void load_and_write(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
+                                      const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
+  Affine<T, VECS, kParamsAhead<VECS, PLAIN>> affine(args, begin);
+  write_output<PLAIN, BIAS, false>(x, affine, shift, rstd, args, row, begin, group);
+}
+
+// with_row: weight and bias where they left with the row and args.plain, or null.
 template <class T, Norm norm, int VECS, class E, class G>
 __device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
-                                  const ForwardArgs& args, int64_t row, int64_t begin, const G& group) {
+                                  const ForwardArgs& args, int64_t row, int64_t begin, const G& group,
+                                  Affine<T, VECS, VECS>* with_row = nullptr) {
+  constexpr bool kPlain = E::kWhole, kBias = norm != Norm::rms;
   // Rows in blocks gain nothing from a path of their own for a weight alone.
-  constexpr bool kWeightAlone = E::kWhole && norm != Norm::rms && G::kInWarp;
-  if (E::kWhole && args.plain)
-    write_output<E::kWhole, norm != Norm::rms>(x, shift, rstd, args, row, begin, group);
-  else if (kWeightAlone && args.plain_weight)
-    write_output<kWeightAlone, false>(x, shift, rstd, args, row, begin, group);
-  else
-    write_output<false, true>(x, shift, rstd, args, row, begin, group);
+  constexpr bool kWeightAlone = kPlain && kBias && G::kInWarp;
+  if (kPlain && args.plain) {
+    if (with_row)
+      write_output<kPlain, kBias, true>(x, *with_row, shift, rstd, args, row, begin, group);
+    else
+      load_and_write<kPlain, kBias>(x, shift, rstd, args, row, begin, group);
+  } else if (kWeightAlone && args.plain_weight) {
+    load_and_write<kWeightAlone, false>(x, shift, rstd, args, row, begin, group);
+  } else {
+    load_and_write<false, true>(x, shift, rstd, args, row, begin, group);
+  }
 }
 
 template <Norm norm, class A>
@@ -229,32 +267,34 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
     forward_rows(const ForwardArgs args) {
   using A = Accumulate<T>;
   __shared__ GroupScratch<A> scratch;
-  Group<A, SIZE, SIZE == kWarps> group(&scratch);
+  Group<A, SIZE, !kWithinWarp<SIZE>> group(&scratch);
   const ForwardParams& p = args.p;
   const Extent<T, WHOLE, kSurePacks<VECS, WHOLE>> extent{static_cast<int>(p.cols)};
   constexpr bool kAhead = kForwardAhead<T, SIZE, WHOLE>;
   const int64_t stride = int64_t(gridDim.x) * group.count();
   int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
+  constexpr bool kWithRow = kParamsWithRow<SIZE, VECS, WHOLE>;
+  Affine<T, VECS, VECS> affine(args, 0);
   Raw<T> raw[VECS];
   T pivot{};
   auto load = [&](int64_t r) {
-    fetch<T>(raw, args, r, 0, extent, true, group);
-    pivot = pivot_of<T, norm>(args, r);
+    fetch<T, norm>(raw, pivot, args, r, 0, extent, true, group);
+    if (kWithRow && args.plain) affine.template load<kWithRow, norm != Norm::rms>(extent, group);
   };
   if (kAhead && row < p.rows) load(row);
   for (; row < p.rows; row += stride) {
     if (!kAhead) load(row);
-    if (SIZE == kWarps) forget(group.rank);
+    if (!kWithinWarp<SIZE>) forget(group.rank);
     RowPart<T, norm, VECS, decltype(extent)> x(extent);
     x.take(raw, pivot);
     if (kAhead && row + stride < p.rows) load(row + stride);
 
     const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
     const Moments<A> m = x.moments(p, args.even, inverse_cols, group);
-    const A rstd = rstd_of(m.m2, inverse_cols, eps, [&](A scale) { return x.scaled_squares(m.mean, scale, group); });
-    if (SIZE == kWarps) forget(group.rank);
+    const A rstd = rstd_of(m.m2, inverse_cols, eps, [&](A scale) { return x.squares(m.mean, scale, group); });
+    if (!kWithinWarp<SIZE>) forget(group.rank);
     if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
-    finish_row(x, m.mean, rstd, args, row, 0, group);
+    finish_row(x, m.mean, rstd, args, row, 0, group, kWithRow ? &affine : nullptr);
     if (!kAhead) break;
   }
 }
@@ -278,7 +318,7 @@ __device__ inline SliceMoments<Accumulate<T>> slice_moments(const ForwardParams&
   A variance = m.m2 * inverse, scale = A(1);
   if (!in_range(variance)) {
     scale = rescue_scale(variance);
-    variance = x.scaled_squares(m.mean, scale, group) * inverse;
+    variance = x.squares(m.mean, scale, group) * inverse;
   }
   return {m.mean, sqrt(variance) / scale};
 }
@@ -312,9 +352,10 @@ __global__ void __launch_bounds__(512, 1) forward_slice_moments(const ForwardArg
   const Extent<T, WHOLE, 0> extent{slice.cols};
   for (int64_t row = blockIdx.y; row < args.p.rows; row += gridDim.y) {
     Raw<T> raw[VECS];
-    fetch<T>(raw, args, row, slice.begin, extent, true, group);
+    T pivot;
+    fetch<T, norm>(raw, pivot, args, row, slice.begin, extent, true, group);
     RowPart<T, norm, VECS, decltype(extent)> x(extent);
-    x.take(raw, pivot_of<T, norm>(args, row));
+    x.take(raw, pivot);
     const SliceMoments<A> m = slice_moments(args.p, x, group);
     if (group.rank == 0) static_cast<SliceMoments<A>*>(args.p.workspace)[row * args.slices + blockIdx.x] = m;
   }
@@ -330,9 +371,10 @@ __global__ void __launch_bounds__(512, 1) forward_slices(const ForwardArgs args)
   const Extent<T, WHOLE, 0> extent{slice.cols};
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Raw<T> raw[VECS];
-    fetch<T>(raw, args, row, slice.begin, extent, false, group);
+    T pivot;
+    fetch<T, norm>(raw, pivot, args, row, slice.begin, extent, false, group);
     RowPart<T, norm, VECS, decltype(extent)> x(extent);
-    x.take(raw, pivot_of<T, norm>(args, row));
+    x.take(raw, pivot);
     A shift, rstd;
     merge_slices(static_cast<const SliceMoments<A>*>(p.workspace) + row * args.slices, args, shift, rstd, group);
     if (group.rank == 0 && blockIdx.x == 0) save_stats<norm>(p, row, shift, rstd);
@@ -362,13 +404,13 @@ __global__ void __launch_bounds__(512, 1) forward_staged(const ForwardArgs args)
   const Cluster cluster(args.cluster);
   const int64_t row = blockIdx.x / args.cluster;
   const int first = int(blockIdx.x % args.cluster), slices = int(args.slices);
-  const T pivot = pivot_of<T, norm>(args, row);
 
   cluster.arrive();
   Raw<T>* kept = stage;
+  T pivot;
   Raw<T> raw[VECS];
   Slice slice(args, first);
-  fetch<T>(raw, args, row, slice.begin, E{slice.cols}, true, group);
+  fetch<T, norm>(raw, pivot, args, row, slice.begin, E{slice.cols}, true, group);
   cluster.wait();  // no block writes to another before that has begun
   for (int i = first; i < slices; i += args.cluster) {
     const E extent{slice.cols};
@@ -378,8 +420,10 @@ __global__ void __launch_bounds__(512, 1) forward_staged(const ForwardArgs args)
     for (int v = 0; v < VECS; ++v, kept += group.size) *kept = raw[v];
     if (i + args.cluster < slices) {  // on its way while this one is reduced
       slice = Slice(args, i + args.cluster);
-      fetch<T>(raw, args, row, slice.begin, E{slice.cols}, true, group);
+      T same;
+      fetch<T, norm>(raw, same, args, row, slice.begin, E{slice.cols}, true, group);
     }
+    if (!WHOLE) forget(group.rank);
     const SliceMoments<A> m = slice_moments(args.p, x, group);
     if (group.rank < args.cluster) *cluster.map(&moments[i], group.rank) = m;
   }
@@ -389,9 +433,11 @@ __global__ void __launch_bounds__(512, 1) forward_staged(const ForwardArgs args)
   if (group.rank == 0 && first == 0) save_stats<norm>(p, row, shift, rstd);
 
   kept = stage;
+  if (!WHOLE) forget(group.rank);
   for (int i = first; i < slices; i += args.cluster) {
 #pragma unroll
     for (int v = 0; v < VECS; ++v, kept += group.size) raw[v] = *kept;
+    if (!WHOLE) forget(group.rank);
     const Slice here(args, i);
     const E extent{here.cols};
     RowPart<T, norm, VECS, E> x(extent);

@@ -6,6 +6,8 @@
 namespace lnc {
 
 constexpr int kWarps = 0;  // for SIZE below: whole warps, as many as the launch says
+template <int SIZE>
+constexpr bool kWithinWarp = SIZE != kWarps && SIZE <= 32;
 constexpr int kMaxWarps = 32;
 
 #ifndef LNC_HOST_EXECUTION
@@ -39,12 +41,12 @@ struct GroupScratch {
   A value[2][kMaxWarps][3];
 };
 
-// The threads of a block with one threadIdx.y: SIZE threads of a warp (a power of two), or kWarps. Every thread of a
-// group must make the same calls; results are the same bits in all of them. ALONE: the group is the block.
+// The threads of a block with one threadIdx.y: SIZE threads (a power of two), of one warp up to 32, or kWarps. Every
+// thread of a group must make the same calls; results are the same bits in all of them. ALONE: the group is the block.
 template <class A, int SIZE, bool ALONE = false>
 struct Group {
-  static constexpr int kWidth = SIZE == kWarps ? 32 : SIZE;
-  static constexpr bool kInWarp = SIZE != kWarps;
+  static constexpr bool kInWarp = kWithinWarp<SIZE>;
+  static constexpr int kWidth = kInWarp ? SIZE : 32;
   int size;   // threads
   int index;  // of the group in its block
   int rank;   // of the thread in its group
@@ -61,7 +63,8 @@ struct Group {
   }
 
   __device__ int count() const { return ALONE ? 1 : int(blockDim.y); }
-  __device__ int lane() const { return rank % kWidth; }
+  __device__ int lane() const { return unsigned(rank) % kWidth; }
+  __device__ int warps() const { return unsigned(size) / 32; }
   __device__ void sync() const {
     if constexpr (ALONE)
       __syncthreads();
@@ -72,8 +75,9 @@ struct Group {
   // Component-wise sums over the group.
   template <int K>
   __device__ void sum(A (&v)[K]) {
+    if constexpr (K == 2 && kWidth > 1) return sum_pair(v);
     butterfly<kWidth>([&](auto offset) { add<decltype(offset)::value>(v); });
-    if (SIZE != kWarps || size == 32) return;
+    if (kInWarp || size == 32) return;
     const A* parts = share(v);
     const bool here = parts != nullptr;
 #pragma unroll
@@ -84,7 +88,7 @@ struct Group {
   // The group's moments from its threads'.
   __device__ Moments<A> merge(Moments<A> m) {
     butterfly<kWidth>([&](auto offset) { m = merged<decltype(offset)::value>(m); });
-    if (SIZE != kWarps || size == 32) return m;
+    if (kInWarp || size == 32) return m;
     return merge_warps(m);
   }
 
@@ -97,8 +101,8 @@ struct Group {
       m.merge(exchange<lanes, kWidth>(m.sum, mask), exchange<lanes, kWidth>(m.m2, mask));
     };
     butterfly<kWidth>(meet);
-    if (SIZE == kWarps && size != 32) {
-      const int warps = size / 32;
+    if (!kInWarp && size != 32) {
+      const int warps = this->warps();
       if (warps & (warps - 1)) return merge_warps(Moments<A>{A(32 * N), m.sum * (A(1) / A(32 * N)), m.m2});
       const A v[2] = {m.sum, m.m2};
       const A* parts = share(v);  // never null
@@ -109,6 +113,30 @@ struct Group {
   }
 
  private:
+  // Two sums with half the exchanges: lanes of an even number go on with the first, the others with the second.
+  __device__ void sum_pair(A (&v)[2]) {
+    const bool odd = rank & 1;
+    A mine = odd ? v[1] : v[0];
+    mine += exchange<1, kWidth>(odd ? v[0] : v[1], mask);
+    butterfly<kWidth, 2>([&](auto offset) { mine += exchange<decltype(offset)::value, kWidth>(mine, mask); });
+    if (!kInWarp && size != 32) {
+      const int warps = this->warps(), first = index * warps;
+      auto& values = scratch->value[turn];
+      turn ^= 1;
+      if (lane() < 2) values[first + unsigned(rank) / 32][lane()] = mine;
+      sync();
+      const int span = 1 << (32 - __clz(warps - 1)), part = lane() / 2 & (span - 1);
+      mine = part < warps ? values[first + part][lane() % 2] : A(0);
+      across_warps([&](auto offset) {
+        if constexpr (2 * decltype(offset)::value < 32)
+          mine += exchange<2 * decltype(offset)::value, kWidth>(mine, mask);
+      });
+    }
+    const A other = exchange<1, kWidth>(mine, mask);
+    v[0] = odd ? other : mine;
+    v[1] = odd ? mine : other;
+  }
+
   // Calls step(offset) for 1, 2, 4 ... below LANES, known at compile time.
   template <int LANES, int OFFSET = 1, class F>
   __device__ static void butterfly(F step) {
@@ -122,7 +150,7 @@ struct Group {
   template <int OFFSET = 1, class F>
   __device__ void across_warps(F step) const {
     if constexpr (OFFSET < kMaxWarps)
-      if (OFFSET < size / 32) {
+      if (OFFSET < warps()) {
         step(std::integral_constant<int, OFFSET>{});
         across_warps<2 * OFFSET>(step);
       }
@@ -132,12 +160,12 @@ struct Group {
   // As many lanes as the next power of two hold one each, over and over.
   template <int K>
   __device__ const A* share(const A (&v)[K]) {
-    const int warps = size / 32, first = index * warps;
+    const int warps = this->warps(), first = index * warps;
     auto& values = scratch->value[turn];
     turn ^= 1;
     if (lane() == 0) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) values[first + rank / 32][k] = v[k];
+      for (int k = 0; k < K; ++k) values[first + unsigned(rank) / 32][k] = v[k];
     }
     sync();
     const int span = 1 << (32 - __clz(warps - 1)), part = lane() & (span - 1);

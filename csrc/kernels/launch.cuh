@@ -94,15 +94,19 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
     case 16:
       return launch(vecs == 2 ? forward_rows<T, norm, 16, 2, WHOLE> : forward_rows<T, norm, 16, 4, WHOLE>);
     case 32:
-      if (vecs == 4) return launch(forward_rows<T, norm, 32, 4, WHOLE>);
       if constexpr (wide) {
+        if (vecs == 4) return launch(forward_rows<T, norm, 32, 4, WHOLE>);
         if (vecs == 6) return launch(forward_rows<T, norm, 32, 6, WHOLE>);
         if (vecs == 8) return launch(forward_rows<T, norm, 32, 8, WHOLE>);
       }
       break;
+    case 64:
+      if constexpr (!wide) return launch(forward_rows<T, norm, 64, 2, WHOLE>);
+      break;
     case kWholeWarps:
       if constexpr (wide)
         if (vecs == 8) return launch(forward_rows<T, norm, kWarps, 8, WHOLE>);
+      if (vecs == 2) return launch(forward_rows<T, norm, kWarps, 2, WHOLE>);
       return launch(forward_rows<T, norm, kWarps, 4, WHOLE>);
   }
   return cudaErrorInvalidConfiguration;
@@ -124,6 +128,7 @@ BackwardArgs backward_args(const BackwardParams& p, const Plan& plan) {
   a.param_grads = p.grad_weight || p.grad_bias;
   a.grad_output_aligned = is_aligned(p.grad_output, p.grad_output_rows, p.rows, sizeof(D));
   a.inverse_cols = 1.0 / double(p.cols);
+  a.rstd = static_cast<const Accumulate<T>*>(p.stats) + (p.norm == Norm::layer ? p.rows : 0);
   a.slice_cols = plan.slice_cols;
   a.slices = plan.slices;
   a.row_blocks = plan.partials;
@@ -171,6 +176,9 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
       return launch(backward_rows<T, D, norm, 16, 2, WHOLE>);
     case 32:
       return launch(backward_rows<T, D, norm, 32, 2, WHOLE>);
+    case 64:
+      if constexpr (sizeof(T) == 2) return launch(backward_rows<T, D, norm, 64, 2, WHOLE>);
+      break;
     case kWholeWarps:
       return launch(backward_rows<T, D, norm, kWarps, 2, WHOLE>);
   }

@@ -21,7 +21,7 @@ constexpr int64_t kAnyLength = INT64_MAX;
 
 struct Tier {
   const char* name;
-  int group;            // threads that share a row: a power of two up to 32, or kWholeWarps for as many as it takes
+  int group;            // threads that share a row: a power of two, or kWholeWarps for as many warps as it takes
   int vecs;             // 16-byte packs of a row to a thread
   int threads;          // threads a block (the most, for kWholeWarps)
   int64_t max_packs;    // the longest row, in packs
@@ -41,13 +41,17 @@ constexpr Tier kForwardTiers[] = {
     {"warp", 16, 2, 128, 32, 8, 2, "short row: 16 threads share it, 2 rows a warp, 2 packs a thread"},
     {"warp", 16, 4, 128, 64, 8, 2, "short row: 16 threads share it, 2 rows a warp, 4 packs a thread"},
     // A warp a row needs no barrier. 128 threads a block: enough rows to hide latency, small enough to fill the tail.
-    {"warp", 32, 4, 128, 128, 8, 2, "a warp a row, 4 packs a thread in registers"},
+    // Of 16-bit data 4 packs are 32 elements, and the last rows take long: two warps are done with them sooner, and
+    // leave registers for weight and bias, which then come with the row.
+    {"warp", 32, 4, 128, 128, 8, 4, "a warp a row, 4 packs a thread in registers"},
+    {"block", 64, 2, 64, 128, 2, 2, "two warps a row, 2 packs a thread in registers"},
     // 6 packs serve 768 float32 columns without an idle lane; 8 are 32 elements, the most a thread keeps.
     {"warp", 32, 6, 128, 192, 8, 4, "a warp a row, 6 packs a thread in registers"},
     {"warp", 32, 8, 128, 256, 8, 4, "a warp a row, 8 packs a thread in registers"},
     // 16 elements a thread while a row leaves too few packs for 32, which share a row's fixed cost among more.
     {"block", kWholeWarps, 4, 512, 768, 8, 4, "a block a row, 4 packs a thread in registers"},
     {"block", kWholeWarps, 8, 512, 4096, 8, 4, "a block a row, 8 packs a thread in registers"},
+    {"block", kWholeWarps, 2, 512, 1024, 2, 2, "a block a row, 2 packs a thread in registers"},
     {"block", kWholeWarps, 4, 512, 2048, 2, 2, "a block a row, 4 packs a thread in registers"},
     // Longer rows are cut into slices of one size whoever takes them: the same bits, however many rows there are.
     {"staged", kWholeWarps, 4, 512, kAnyLength, 8, 2, "many long rows: a block a row, kept in its shared memory"},
@@ -64,6 +68,7 @@ constexpr Tier kBackwardTiers[] = {
     {"warp", 8, 2, 512, 16, 8, 2, "short row: 8 threads share it, 4 rows a warp, 2 packs of each array a thread"},
     {"warp", 16, 2, 512, 32, 8, 2, "short row: 16 threads share it, 2 rows a warp, 2 packs of each array a thread"},
     {"warp", 32, 2, 512, 64, 8, 2, "a warp a row, 2 packs of each array a thread, next row in flight"},
+    {"block", 64, 2, 512, 128, 2, 2, "two warps share a row, 2 packs of each array a thread, next row in flight"},
     {"block", kWholeWarps, 2, 512, 1024, 8, 2, "warps share a row, 2 packs of each array a thread, next row in flight"},
     // Longer rows: as much of one to a block as above; where there are no clusters, 32 elements a thread, which is
     // what leaves registers for their gradients.
@@ -218,7 +223,13 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceT
       const int64_t groups = at_least(1, at_most(most, ceil_div(rows, device.sm_count)));
       plan.threads = static_cast<int>(ceil_div(groups * plan.threads_per_row, 32) * 32);
       plan.rows_per_block = plan.threads / plan.threads_per_row;
-      plan.blocks_x = plan.partials = at_most(device.sm_count, ceil_div(rows, plan.rows_per_block));
+      // Fewer where that keeps partials within 2% of what is moved and takes one round of rows in sixteen at most: what
+      // the others have on its way fills the memory's lanes still.
+      const int64_t two_percent = 3 * rows * size_of(dtype) / (100 * size_of(accumulate_type(dtype)));
+      const int64_t fewer = at_least(1, at_most(device.sm_count, two_percent));
+      auto rounds = [&](int64_t blocks) { return ceil_div(rows, blocks * plan.rows_per_block); };
+      const int64_t walkers = 15 * rounds(fewer) <= 16 * rounds(device.sm_count) ? fewer : device.sm_count;
+      plan.blocks_x = plan.partials = at_most(walkers, ceil_div(rows, plan.rows_per_block));
       if (plan.is("staged")) {
         if (device.has_clusters()) return false;  // which have that kernel's place
         // No more blocks than it takes for as many rounds: what each leaves to be folded is as long as two rows.
