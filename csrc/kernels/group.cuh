@@ -113,6 +113,13 @@ struct Group {
   }
 
  private:
+  // Of the scratch.
+  __device__ A (&next_half()) [kMaxWarps][3] {
+    auto& values = scratch->value[turn];
+    turn ^= 1;
+    return values;
+  }
+
   // Two sums with half the exchanges: lanes of an even number go on with the first, the others with the second.
   __device__ void sum_pair(A (&v)[2]) {
     const bool odd = rank & 1;
@@ -121,8 +128,7 @@ struct Group {
     butterfly<kWidth, 2>([&](auto offset) { mine += exchange<decltype(offset)::value, kWidth>(mine, mask); });
     if (!kInWarp && size != 32) {
       const int warps = this->warps(), first = index * warps;
-      auto& values = scratch->value[turn];
-      turn ^= 1;
+      auto& values = next_half();
       if (lane() < 2) values[first + unsigned(rank) / 32][lane()] = mine;
       sync();
       const int span = 1 << (32 - __clz(warps - 1)), part = lane() / 2 & (span - 1);
@@ -161,8 +167,7 @@ struct Group {
   template <int K>
   __device__ const A* share(const A (&v)[K]) {
     const int warps = this->warps(), first = index * warps;
-    auto& values = scratch->value[turn];
-    turn ^= 1;
+    auto& values = next_half();
     if (lane() == 0) {
 #pragma unroll
       for (int k = 0; k < K; ++k) values[first + unsigned(rank) / 32][k] = v[k];
