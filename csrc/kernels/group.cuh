@@ -128,11 +128,11 @@ struct Group {
     butterfly<kWidth, 2>([&](auto offset) { mine += exchange<decltype(offset)::value, kWidth>(mine, mask); });
     if (!kInWarp && size != 32) {
       const int warps = this->warps(), first = index * warps;
-      auto& values = next_half();
-      if (lane() < 2) values[first + unsigned(rank) / 32][lane()] = mine;
+      A* const pairs = *next_half();
+      if (lane() < 2) pairs[2 * (first + unsigned(rank) / 32) + lane()] = mine;
       sync();
       const int span = 1 << (32 - __clz(warps - 1)), part = lane() / 2 & (span - 1);
-      mine = part < warps ? values[first + part][lane() % 2] : A(0);
+      mine = part < warps ? pairs[2 * (first + part) + lane() % 2] : A(0);
       across_warps([&](auto offset) {
         if constexpr (2 * decltype(offset)::value < 32)
           mine += exchange<2 * decltype(offset)::value, kWidth>(mine, mask);
