@@ -106,7 +106,8 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
     case kWholeWarps:
       if constexpr (wide)
         if (vecs == 8) return launch(forward_rows<T, norm, kWarps, 8, WHOLE>);
-      if (vecs == 2) return launch(forward_rows<T, norm, kWarps, 2, WHOLE>);
+      if constexpr (!wide)
+        if (vecs == 2) return launch(forward_rows<T, norm, kWarps, 2, WHOLE>);
       return launch(forward_rows<T, norm, kWarps, 4, WHOLE>);
   }
   return cudaErrorInvalidConfiguration;
