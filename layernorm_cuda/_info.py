@@ -35,13 +35,13 @@ def build_info() -> dict:
 class LaunchPlan(NamedTuple):
     """Which CUDA kernel runs for a shape, and how it is laid out."""
 
-    tier: str  # "warp", "block", "staged", "cluster" or "slices"
+    tier: str  # "warp", "block", "team", "staged", "cluster" or "slices"
     threads: int  # in a block
     threads_per_row: int
     rows_per_block: int  # at a time
     packs_per_thread: int  # of 16 bytes
     blocks: int
-    blocks_per_row: int  # of a cluster; else 1
+    blocks_per_row: int  # of a cluster or a team; else 1
     shared_memory: int  # for slices of rows, in bytes a block
     whole_packs: bool  # rows begin and end with packs; others are read in aligned packs too, and shifted: the same bits
     slices: int  # of a row; 1 where a row is not cut

@@ -102,6 +102,18 @@ def test_cluster(run, variant):
     np.testing.assert_array_equal(y.reshape(4, 32), np.tile(NUMBERS.reshape(4, 32).sum(0), (4, 1)))
 
 
+def sum_in_a_team(run, **how):
+    # Behind the 128 results lie as many words of 64 bits. They are to be zero, which run cannot give: NaN will do.
+    return run("team_sum", NUMBERS, y_size=128 + 256, grid=4, cluster=4, arch=80, **how)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_team(run, seed):
+    y, reports, _ = sum_in_a_team(run, seed=seed)
+    assert not reports
+    np.testing.assert_array_equal(y[:128].reshape(4, 32), np.tile(NUMBERS.reshape(4, 32).sum(0), (4, 1)))
+
+
 @pytest.mark.parametrize("name", ["reverse", "reuse", "exchange_lanes"])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_ordered_accesses_are_no_race(run, name, seed):
@@ -141,6 +153,12 @@ def test_race_between_blocks_of_a_cluster(run, seed):
 def test_block_of_a_cluster_that_has_left(run):
     report = only(run("cluster_sum", NUMBERS, grid=4, cluster=4, variant=2)[1], "shared out of bounds")
     assert "has exited" in report.message
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_block_of_a_team_that_tells_nothing(run, seed):
+    report = only(sum_in_a_team(run, variant=1, seed=seed)[1], "stall")
+    assert "team_sum" in report.message and "none of those which run together writes" in report.message
 
 
 def test_cluster_needs_an_architecture_that_has_them(run):

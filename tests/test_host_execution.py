@@ -122,7 +122,7 @@ def tier_cases():
 
 
 # Rows longer than a block's registers: (case, device). In shared memory, in that of a cluster of 2 to 8 blocks, in
-# slices.
+# those of a team's blocks, in slices.
 LONG = [
     (Case(3, 17000, "f16"), dict(arch=80)),
     (Case(3, 16400, "f32", residual=True), dict(arch=80)),
@@ -130,6 +130,11 @@ LONG = [
     (Case(2, 16384, "f16"), dict(arch=70)),
     (Case(2, 16384, "f32", misalign=1), dict(arch=75)),
     (Case(2, 16384, "f32", residual=True, params="f32"), dict(arch=80)),
+    (Case(5, 16384, "f32", rms=True), dict(arch=80)),
+    (Case(3, 9216, "f32", weight=False, wanted=(True, False, True)), dict(arch=75)),
+    (Case(9, 12288, "f32", bias=False, wanted=(False, True, False)), dict(arch=86)),
+    (Case(4, 12002, "f16", params="f32", output="f32", residual=True), dict(arch=89)),
+    (Case(3, 5000, "f64", misalign=1), dict(arch=70)),
     (Case(5, 4100, "f64"), dict(arch=90)),
     (Case(5, 10000, "f32", residual=True), dict(arch=90)),
     (Case(3, 33001, "bf16", rms=True), dict(arch=90)),
@@ -169,7 +174,7 @@ def test_tiers(kernels, case):
 
 
 @pytest.mark.parametrize("case, pretended", LONG, ids=lambda part: str(part) if isinstance(part, Case) else "")
-@pytest.mark.parametrize("sm_count", [2, 64])
+@pytest.mark.parametrize("sm_count", [2, 5, 64])
 def test_long_rows(kernels, case, pretended, sm_count):
     run(kernels, case, **pretended, sm_count=sm_count)
 
@@ -207,6 +212,30 @@ def test_order_of_execution(kernels, dtype, rows, cols, seed):
     for name in results:
         np.testing.assert_array_equal(results[name].array, expected[name].array, name)
     _, results, _, _ = run(kernels, case, seed=seed, sm_count=17)
+    for name in ("output", "sum", "stats", "grad_input"):
+        np.testing.assert_array_equal(results[name].array, expected[name].array, name)
+
+
+@pytest.mark.parametrize(
+    "cols, dtype, blocks", [(9216, "f32", [5, 8, 4]), (16384, "f32", [8, 8, 4]), (10240, "bf16", [5, 4, 2])]
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_team_gets_the_bits_of_a_block(kernels, cols, dtype, blocks, seed):
+    """Forward, where there are teams and where not; backward, in whatever order the blocks run."""
+    case = Case(7, cols, dtype, residual=True)
+    *of_a_team, of_a_cluster = blocks  # to a row: forward's team, backward's team and cluster
+    _, expected, forward, backward = run(kernels, case, arch=80, sm_count=5)
+    assert [launch["cluster"] for launch in (forward[0], backward[0])] == of_a_team
+    _, results, _, _ = run(kernels, case, arch=80, sm_count=5, seed=seed)
+    for name in results:
+        np.testing.assert_array_equal(results[name].array, expected[name].array, name)
+    # On a newer device, and where not all of an older one is free.
+    for device in (dict(arch=90), dict(arch=80, sm_count=5, room=3)):
+        _, results, forward, backward = run(kernels, case, **device)
+        assert forward[0]["cluster"] == 1 and backward[0]["cluster"] == (1 if "room" in device else of_a_cluster)
+        for name in ("output", "sum", "stats"):
+            np.testing.assert_array_equal(results[name].array, expected[name].array, name)
+    _, results, _, _ = run(kernels, dataclasses.replace(case, misalign=1), arch=80, sm_count=5)
     for name in ("output", "sum", "stats", "grad_input"):
         np.testing.assert_array_equal(results[name].array, expected[name].array, name)
 
@@ -348,8 +377,8 @@ FAULTS = {
     ),
     "the fold leaves out a partial": (
         "backward.cuh",
-        "if (i + k * kFoldWarps >= row_blocks) break;",
-        "if (i + k * kFoldWarps >= row_blocks - FAULT) break;",
+        "if (i + k * WARPS >= row_blocks) break;",
+        "if (i + k * WARPS >= row_blocks - FAULT) break;",
         "wrong",
     ),
     "merged parts count as one of them": (
@@ -375,6 +404,18 @@ FAULTS = {
         "*cluster.map(&moments[i], group.rank) = m;",
         "*cluster.map(&moments[i], FAULT ? first : group.rank) = m;",
         "race",
+    ),
+    "a block of a team tells the last exchange's number": (
+        "cluster.cuh",
+        "host::post(word, uint64_t(number) << 32 | value);",
+        "host::post(word, uint64_t(number - FAULT) << 32 | value);",
+        "stall",
+    ),
+    "a warp of a team takes what is there": (
+        "cluster.cuh",
+        "part[w]) != number) {",
+        "part[w]) != number && !FAULT) {",
+        "wrong",
     ),
     "the row after the last is loaded": (
         "backward.cuh",
@@ -424,6 +465,7 @@ MUTANT_CASES = [
     (Case(20, 1200, "f32"), {}),
     (Case(3, 5000, "f32"), {}),
     (Case(2, 16388, "f32"), dict(arch=80)),
+    (Case(5, 16384, "f32"), dict(arch=80, sm_count=5)),
     (Case(5, 10000, "f32"), {}),
     (Case(3, 40000, "f32"), {}),
     (Case(2, 40000, "f32"), dict(sm_count=16)),

@@ -19,6 +19,9 @@ def test_every_row_has_a_plan_that_holds_it(direction, dtype):
         capacity = plan.threads_per_row * plan.packs_per_thread * pack * plan.slices
         assert capacity >= cols
         assert plan.threads <= 512 and plan.threads % plan.threads_per_row == 0
+        plan = lnc.launch_plan(1000, cols, dtype, direction=direction, arch="sm_80")
+        blocks = plan.blocks_per_row if plan.slices == 1 else plan.slices
+        assert blocks * plan.threads_per_row * plan.packs_per_thread * pack >= cols
         assert plan.rows_per_block * plan.threads_per_row <= plan.threads
         assert plan.reason
 
@@ -66,13 +69,18 @@ def test_backward_fills_the_device():
     [
         ("forward", 4096, 1024, torch.float32, "sm_90", "warp"),
         ("forward", 4096, 1024, torch.float16, "sm_90", "block"),
-        ("forward", 4096, 16384, torch.float32, "sm_70", "block"),
+        ("forward", 4096, 8192, torch.float32, "sm_70", "block"),
+        ("forward", 128, 16384, torch.float32, "sm_70", "team"),
+        ("forward", 4096, 9216, torch.float32, "sm_80", "team"),
+        ("forward", 4096, 16384, torch.bfloat16, "sm_80", "team"),
+        ("forward", 4096, 16384, torch.float32, "sm_90", "block"),
         ("forward", 4096, 32768, torch.bfloat16, "sm_80", "staged"),
         ("forward", 4096, 262144, torch.bfloat16, "sm_90", "cluster"),
         ("forward", 4096, 262144, torch.bfloat16, "sm_80", "slices"),
         ("forward", 1, 1 << 20, torch.bfloat16, "sm_90", "slices"),
         ("backward", 4096, 1024, torch.float16, "sm_90", "block"),
-        ("backward", 128, 16384, torch.float32, "sm_70", "staged"),
+        ("backward", 128, 16384, torch.float32, "sm_70", "team"),
+        ("backward", 4096, 32768, torch.float64, "sm_80", "slices"),
         ("backward", 128, 16384, torch.float32, "sm_90", "cluster"),
         ("backward", 128, 262144, torch.float32, "sm_90", "slices"),
     ],
@@ -81,7 +89,27 @@ def test_tiers(direction, rows, cols, dtype, arch, tier):
     plan = lnc.launch_plan(rows, cols, dtype, direction=direction, arch=arch)
     assert plan.tier == tier
     assert plan.shared_memory <= {"sm_70": 96, "sm_80": 163, "sm_90": 227}[arch] * 1024
-    assert plan.blocks % plan.blocks_per_row == 0 and (plan.blocks_per_row > 1) == (tier == "cluster")
+    assert plan.blocks % plan.blocks_per_row == 0 and (plan.blocks_per_row > 1) == (tier in ("cluster", "team"))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("cols", [9216, 12288, 16384, 20000, 32768])
+@pytest.mark.parametrize("arch, sm_count", [("sm_75", 40), ("sm_80", 108), ("sm_86", 82), ("sm_89", 7)])
+def test_all_blocks_of_a_grid_of_teams_find_room(direction, cols, arch, sm_count):
+    """At once: they wait for each other. 65,536 registers a multiprocessor, as many a thread as test_nvcc allows."""
+    plan = lnc.launch_plan(4096, cols, torch.float32, direction=direction, arch=arch, sm_count=sm_count)
+    if plan.tier != "team":
+        assert (direction == "forward" and cols > 16384) or sm_count < 8
+        return
+    registers = 168 if direction == "forward" else 128
+    assert plan.blocks <= sm_count * (65536 // (plan.threads * registers))
+    assert plan.blocks >= 0.9 * sm_count - plan.blocks_per_row
+
+
+def test_few_long_rows_have_a_block_each():
+    assert lnc.launch_plan(8, 16384, torch.float32, arch="sm_80", sm_count=108).tier == "block"
+    # As many teams as take the rows in even rounds: 67 find room.
+    assert lnc.launch_plan(128, 16384, torch.float32, arch="sm_80", sm_count=108).blocks == 64 * 8
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ if reason := compiled.unsupported():
 SIZE = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8}
 WIDE = {"f32": "f32", "f16": "f32", "bf16": "f32", "f64": "f64"}
 MULTIPROCESSORS = 4
+ENOUGH = 8  # for the largest team
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Case:
     options: str = ""
     seed: int = 0
     arch: str = compiled.ARCHS[-1]
+    multiprocessors: int = MULTIPROCESSORS
 
     def has(self, option):
         return option in self.options.split()
@@ -70,7 +72,7 @@ class Case:
             "PTXRUN_STATS": 1,
             "PTXRUN_CC": self.arch,
             "PTXRUN_SEED": self.seed,
-            "PTXRUN_SMS": MULTIPROCESSORS,
+            "PTXRUN_SMS": self.multiprocessors,
         }
         environment = os.environ | {name: str(value) for name, value in settings.items()}
         done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
@@ -101,13 +103,15 @@ def tiers(dtype, direction):
     return [(name, int(most or 0)) for name, most in found]
 
 
-def arch_with(tier, direction, number=0):
-    """One of the architectures that have a tier, in turns: backward keeps long rows in clusters where it can."""
+def arch_with(tier, number=0):
+    """One of the architectures that have a tier, in turns: blocks share rows in clusters where there are any."""
     archs = compiled.ARCHS
     if tier == "cluster":
         archs = [arch for arch in archs if int(arch) >= 90]
-    elif tier == "staged":  # forward keeps all slices of a row, and sm_75 has shared memory for one
-        archs = [arch for arch in archs if (80 if direction == "forward" else 0) <= int(arch) < 90]
+    elif tier == "team":
+        archs = [arch for arch in archs if int(arch) < 90]
+    elif tier == "staged":  # all slices of a row, and sm_75 has shared memory for one
+        archs = [arch for arch in archs if 80 <= int(arch) < 90]
     return archs[number % len(archs)]
 
 
@@ -141,7 +145,7 @@ def test_every_tier(policy, dtype, direction):
     for i, (name, most) in enumerate(tiers(dtype, direction)):
         # The longest row of a tier and one that ends in the middle of a pack, in turns.
         number = i + list(POLICIES).index(policy)
-        long = name in ("staged", "cluster", "slices")
+        long = name in ("staged", "cluster", "slices") or (name, direction) == ("team", "backward")
         cols = shorter + 16 // SIZE[dtype] if long else most
         if number % 2:
             cols = cols + 1 if long else (shorter + most) // 2 + 1 | 1
@@ -151,10 +155,11 @@ def test_every_tier(policy, dtype, direction):
             dtype=dtype,
             direction=direction,
             options=f"{options} --tier {name}",
-            arch=arch_with(name, direction, number),
+            arch=arch_with(name, number),
+            multiprocessors=ENOUGH if name == "team" else MULTIPROCESSORS,
             seed=number % 3,
         ).run()
-        shorter = shorter if long else most
+        shorter = shorter if long or name == "team" else most
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -210,7 +215,7 @@ def test_forward_reads_and_writes_once(dtype, cols, options):
     "tier, dtype, cols", [("staged", "f32", 16384), ("staged", "f16", 20000), ("cluster", "bf16", 70000)]
 )
 def test_long_rows_are_read_once(tier, dtype, cols, options):
-    case = Case(2, cols, dtype, options=f"--tier {tier} {options}", arch=arch_with(tier, "forward"))
+    case = Case(2, cols, dtype, options=f"--tier {tier} {options}", arch=arch_with(tier))
     (launch,) = case.run()
     assert_read(case, launch, "input", pivots=True)
     assert_written(case, launch, "output")

@@ -6,9 +6,8 @@
 // A persistent grid walks the rows: each is read once, and a thread adds up weight and bias gradients of its own
 // columns in registers over all the rows it meets (backward_rows). What the blocks end with goes to the workspace
 // as [2, blocks, cols], and fold_partials adds it up in a fixed order. Of rows too long for a block's registers the
-// blocks of a cluster have a slice each; where there are no clusters, a row waits in shared memory (backward_staged).
-// What is longer still takes two launches, of the slices' sums and of what is made of them (backward_slice_sums,
-// backward_slices).
+// blocks of a cluster or a team have a slice each. What is longer still takes two launches, of the slices' sums and of
+// what is made of them (backward_slice_sums, backward_slices).
 #pragma once
 #include "cluster.cuh"
 #include "group.cuh"
@@ -30,10 +29,10 @@ struct BackwardArgs {
   double inverse_cols;
   const void* rstd;  // A [rows], of p.stats
   int64_t slice_cols, slices, row_blocks;
-  int cluster;     // blocks that share a row
-  int staged;      // slices of a row that wait in shared memory
-  void* partials;  // A [2, row_blocks, cols]: weight, bias
-  void* sums;      // A [rows, slices, 2]: of g and of g * xhat
+  int cluster;      // blocks that share a row
+  uint64_t* board;  // where they are a team; else null
+  void* partials;   // A [2, row_blocks, cols]: weight, bias
+  void* sums;       // A [rows, slices, 2]: of g and of g * xhat
 };
 
 // A thread's part of a row as it lies in memory.
@@ -76,25 +75,6 @@ struct Incoming {
     pivot = layer ? *input : T{};
     shift = layer ? static_cast<const A*>(p.stats)[row] : A(0);
     rstd = static_cast<const A*>(args.rstd)[row];
-  }
-
-  // Where they wait in shared memory: each thread's apart from the others', its packs group.size apart.
-  static constexpr int kStride = VECS * (1 + M);
-  __device__ void put(Raw<T>* stage, int stride) const {
-#pragma unroll
-    for (int v = 0; v < VECS; ++v) {
-      stage[v * (1 + M) * stride] = x[v];
-#pragma unroll
-      for (int m = 0; m < M; ++m) stage[(v * (1 + M) + 1 + m) * stride] = bits<Raw<T>>(dy[v][m]);
-    }
-  }
-  __device__ void get(const Raw<T>* stage, int stride) {
-#pragma unroll
-    for (int v = 0; v < VECS; ++v) {
-      x[v] = stage[v * (1 + M) * stride];
-#pragma unroll
-      for (int m = 0; m < M; ++m) dy[v][m] = bits<Raw<D>>(stage[(v * (1 + M) + 1 + m) * stride]);
-    }
   }
 
   __device__ void forget() {
@@ -224,17 +204,16 @@ struct BackwardPart {
       if (!E::kWhole || extent.has(v, group)) in.template values<norm>(v, xhat[v], g[v]);
   }
 
-  // Beyond the row's end grad_output is 0, and so is all that is made of it. GRADS: they are gathered, from pack first
-  // of grads on, wanted or not: a branch would cost more. Adds the thread's share of sum(g) and sum(g * xhat), each in
-  // two chains.
-  template <bool GRADS, int EARLY, int ALL, class E, class G>
-  __device__ void take(Param<T, VECS, EARLY>& weight, ParamGrads<T, ALL>& grads, int first, A (&sums)[2],
-                       const E& extent, const G& group) {
-    A part[4] = {sums[0], 0, sums[1], 0};
+  // Beyond the row's end grad_output is 0, and so is all that is made of it. GRADS: they are gathered, wanted or not: a
+  // branch would cost more. The thread's share of sum(g) and sum(g * xhat), each in two chains.
+  template <bool GRADS, int EARLY, class E, class G>
+  __device__ void take(Param<T, VECS, EARLY>& weight, ParamGrads<T, VECS>& grads, A (&sums)[2], const E& extent,
+                       const G& group) {
+    A part[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int v = 0; v < VECS; ++v) {
       if (E::kWhole && !extent.has(v, group)) continue;
-      if (GRADS) grads.add(first + v, xhat[v], g[v]);
+      if (GRADS) grads.add(v, xhat[v], g[v]);
       A w[N];
       weight.template values<E::kWhole>(v, w, A(1), extent, group);
 #pragma unroll
@@ -296,8 +275,8 @@ __device__ inline void write_partials(const ParamGrads<T, VECS>& grads, const Ba
   if (args.p.grad_bias) write(grads.bias, args.row_blocks + set);
 }
 
-// Sums that the blocks of a cluster have each of their part of a row, added up in the order of the blocks: the same
-// bits in all. Halves alternate, so that one barrier is enough.
+// Sums that the blocks of a cluster or a team have each of their part of a row, added up in one order: the same bits in
+// all. Halves alternate, so that one barrier is enough.
 template <class A>
 struct ClusterSums {
   A value[2][kMaxCluster][2];
@@ -312,6 +291,23 @@ struct ClusterSums {
     sums[0] = sums[1] = 0;
     for (int i = 0; i < cluster.size; ++i) sums[0] += parts[i][0], sums[1] += parts[i][1];
   }
+
+  // Every warp takes all parts itself: even lanes the first sums, odd lanes the second.
+  __device__ static void add(A (&sums)[2], Board& board, const Cluster& team) {
+    const int lane = threadIdx.x % 32;
+    const bool odd = lane & 1;
+    board.next();
+    if (threadIdx.x < 2) board.post(blockIdx.x % team.size * 2 + lane, odd ? sums[1] : sums[0]);
+    A mine = lane < 2 * team.size ? board.template wait<A>(lane) : A(0);
+    constexpr unsigned kAll = 0xffffffffu;
+    mine += exchange<2, 32>(mine, kAll);
+    mine += exchange<4, 32>(mine, kAll);
+    mine += exchange<8, 32>(mine, kAll);
+    mine += exchange<16, 32>(mine, kAll);
+    const A other = exchange<1, 32>(mine, kAll);
+    sums[0] = odd ? other : mine;
+    sums[1] = odd ? mine : other;
+  }
 };
 
 // Every block needs all of the weights at the same moment, when its first rows have come, and a cache that has not yet
@@ -325,12 +321,13 @@ __device__ inline void ask_for_share(const void* weight, unsigned bytes) {
 #endif
 }
 
-// CLUSTER: the blocks of a cluster share a row, each with a slice of it.
+// CLUSTER: the blocks of a cluster share a row, each with a slice of it, or those of a team where there are no
+// clusters.
 template <class T, class D, Norm norm, int SIZE, int VECS, bool WHOLE, bool CLUSTER = false>
 __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const BackwardArgs args) {
-  if constexpr (CLUSTER && !kHasClusters) return;  // no plan comes here
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
+  const bool team = CLUSTER && (kIsHost ? args.board != nullptr : !kHasClusters);
   // Whether registers suffice for the next row too, on its way as soon as this one is unpacked, and for what was made
   // of this one until it is used; and for the weights, for which a row would wait behind the next one's loads. Where
   // not, a row is taken from its bytes twice.
@@ -361,25 +358,29 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
   // <WHOLE> would hold too, but orders the kernel's instructions worse.
   weight.template load<false>(extent, group);
-  if (CLUSTER) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
+  if (CLUSTER && !team) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
+  Board board{team ? args.board + walker * (kBackwardBoard / 8) : nullptr, int(kBackwardBoard / 16)};
   for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {
     if (!kAhead) in.template load<norm>(args, row, begin, extent, group);
     BackwardPart<T, D, norm, VECS> part;
     A sums[2] = {0, 0}, again[2] = {0, 0};
     part.read(in, extent, group);
     if (kAhead && row + stride < p.rows) in.template load<norm>(args, row + stride, begin, extent, group);
-    part.template take<true>(weight, grads, 0, sums, extent, group);
+    part.template take<true>(weight, grads, sums, extent, group);
     if (p.grad_input) {
       if (!kAhead) forget(group.rank);
       group.sum(sums);
       if (CLUSTER) {
-        cluster_sums.add(sums, turn, cluster);
+        if (team)
+          cluster_sums.add(sums, board, cluster);
+        else
+          cluster_sums.add(sums, turn, cluster);
         forget(group.rank);
       }
       if (!kAhead) {
         in.forget();
         part.read(in, extent, group);
-        part.template take<false>(weight, grads, 0, again, extent, group);
+        part.template take<false>(weight, grads, again, extent, group);
       }
       part.write_grad_input(args, sums, row, begin, extent, group);
     }
@@ -391,61 +392,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
     A* out = static_cast<A*>(args.partials) + (is_bias ? args.row_blocks + walker : walker) * p.cols;
     store_wide<A>(out, values, i, cols, cols % kPack<A> == 0);
   });
-}
-
-// A row a block, in up to SLICES slices: the sums need all of it before the first element is finished, and meanwhile
-// it waits in shared memory as far as that goes. The last slice stays in registers, and what does not fit is read
-// again, from the L2 cache for the most part.
-template <class T, class D, Norm norm, int VECS, int SLICES, bool WHOLE>
-__global__ void __launch_bounds__(kBackwardThreads, 1) backward_staged(const BackwardArgs args) {
-  if constexpr (kHasClusters && !kIsHost) return;  // they do it better
-  using A = Accumulate<T>;
-  using E = Extent<T, WHOLE, 0>;
-  auto* const scratch = dynamic_shared<GroupScratch<A>>();
-  Group<A, kWarps, true> group(scratch);
-  const BackwardParams& p = args.p;
-  // What the plan launches, known here so that no register holds it.
-  constexpr int kThreads = kBackwardThreads, kSliceCols = kThreads * VECS * kPack<T>;
-  const int slices = int(args.slices), cols = int(p.cols);
-  Raw<T>* const stage = reinterpret_cast<Raw<T>*>(scratch + 1) + threadIdx.x;
-  ParamGrads<T, SLICES * VECS> grads;
-  const int rows = int(p.rows);  // of so many columns there are no more in any memory
-  for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    Incoming<T, D, VECS> in;
-    BackwardPart<T, D, norm, VECS> part;
-    A sums[2] = {0, 0}, again[2] = {0, 0};
-#pragma unroll
-    for (int s = 0; s < SLICES; ++s) {
-      if (s >= slices) break;
-      const int begin = s * kSliceCols;
-      const E extent{cols - begin < kSliceCols ? cols - begin : kSliceCols};
-      in.template load<norm>(args, row, begin, extent, group);
-      if (s < args.staged) in.put(stage + s * in.kStride * kThreads, kThreads);
-      Param<T, VECS, 0> weight(p.weight, begin, args.wide_params);
-      part.read(in, extent, group);
-      part.template take<true>(weight, grads, s * VECS, sums, extent, group);
-    }
-    if (!p.grad_input) continue;
-    group.sum(sums);
-#pragma unroll
-    for (int s = SLICES - 1; s >= 0; --s) {
-      if (s >= slices) continue;
-      const int begin = s * kSliceCols;
-      const E extent{cols - begin < kSliceCols ? cols - begin : kSliceCols};
-      if (s < slices - 1) {
-        if (s < args.staged)
-          in.get(stage + s * in.kStride * kThreads, kThreads);
-        else
-          in.template load<norm>(args, row, begin, extent, group);
-        Param<T, VECS, 0> weight(p.weight, begin, args.wide_params);
-        part.read(in, extent, group);
-        part.template take<false>(weight, grads, 0, again, extent, group);
-      }
-      part.write_grad_input(args, sums, row, begin, extent, group);
-    }
-  }
-  if (!args.param_grads) return;
-  write_partials(grads, args, blockIdx.x, 0, cols, group);
 }
 
 // Sums of g and g * xhat over slice blockIdx.x of row blockIdx.y + k * gridDim.y.
@@ -466,7 +412,7 @@ __global__ void __launch_bounds__(512) backward_slice_sums(const BackwardArgs ar
     BackwardPart<T, D, norm, VECS> part;
     A sums[2] = {0, 0};
     part.read(in, extent, group);
-    part.template take<false>(weight, none, 0, sums, extent, group);
+    part.template take<false>(weight, none, sums, extent, group);
     group.sum(sums);
     if (group.rank < 2)
       static_cast<A*>(args.sums)[(row * args.slices + blockIdx.x) * 2 + group.rank] = group.rank ? sums[1] : sums[0];
@@ -490,7 +436,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_slices(const Bac
     BackwardPart<T, D, norm, VECS> part;
     A ignored[2] = {0, 0}, sums[2] = {0, 0};
     part.read(in, extent, group);
-    part.template take<true>(weight, grads, 0, ignored, extent, group);
+    part.template take<true>(weight, grads, ignored, extent, group);
     if (p.grad_input) {
       const A* parts = static_cast<const A*>(args.sums) + row * args.slices * 2;
       for (int64_t i = group.rank; i < args.slices; i += group.size) {
@@ -506,15 +452,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_slices(const Bac
 }
 
 // grad_weight (blockIdx.y 0) and grad_bias (1): the sum over row_blocks of partials. A thread takes M columns (as many
-// as 16 bytes hold, where those of a partial begin at a multiple of 16), the warps of a block every so many-th partial.
+// as 16 bytes hold, where those of a partial begin at a multiple of 16), the WARPS of a block every so many-th partial.
 // All that a thread has to read of up to 64 partials is on its way at once, and little is done where they are fewer:
-// of small problems this kernel is a good part.
+// of small problems this kernel is a good part. So few that a thread can have them all on their way are left to one
+// warp.
 constexpr int kFoldWarps = 8, kFoldAhead = 8;
 
-template <class A, class P, int M>
-__global__ void __launch_bounds__(32 * kFoldWarps) fold_partials(const BackwardArgs args) {
+template <class A, class P, int M, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS) fold_partials(const BackwardArgs args) {
   constexpr int kColumns = 32 * M;  // of a block
-  __shared__ __align__(16) A shared[kFoldWarps * kColumns];
+  __shared__ __align__(16) A shared[WARPS * kColumns];
   struct __align__(M * sizeof(A)) Columns {
     A value[M];
   };
@@ -527,12 +474,12 @@ __global__ void __launch_bounds__(32 * kFoldWarps) fold_partials(const BackwardA
   Columns sum = {};
   if (column < p.cols) {
     const A* from = static_cast<const A*>(args.partials) + (blockIdx.y * args.row_blocks + warp) * p.cols + column;
-    const int64_t step = kFoldWarps * p.cols;
-    for (int i = warp; i < row_blocks; i += kFoldWarps * kFoldAhead) {
+    const int64_t step = WARPS * p.cols;
+    for (int i = warp; i < row_blocks; i += WARPS * kFoldAhead) {
       Columns part[kFoldAhead] = {};
 #pragma unroll
       for (int k = 0; k < kFoldAhead; ++k, from += step) {
-        if (i + k * kFoldWarps >= row_blocks) break;
+        if (i + k * WARPS >= row_blocks) break;
         part[k] = *reinterpret_cast<const Columns*>(from);
       }
 #pragma unroll
@@ -543,11 +490,12 @@ __global__ void __launch_bounds__(32 * kFoldWarps) fold_partials(const BackwardA
   }
   reinterpret_cast<Columns*>(shared)[warp * 32 + lane] = sum;
   __syncthreads();
-  const int c = threadIdx.x;
-  if (c < kColumns && first + c < p.cols) {
+#pragma unroll
+  for (int c = threadIdx.x; c < kColumns; c += 32 * WARPS) {
+    if (first + c >= p.cols) break;
     A part[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int k = 0; k < kFoldWarps; ++k) part[k % 4] += shared[k * kColumns + c];
+    for (int k = 0; k < WARPS; ++k) part[k % 4] += shared[k * kColumns + c];
     out[first + c] = narrow<P>((part[0] + part[1]) + (part[2] + part[3]));
   }
 }

@@ -21,7 +21,8 @@ struct ForwardArgs {
   bool wide_params, wide_output;  // stored in the accumulation type while the data are narrower
   double inverse_cols;
   int64_t slice_cols, slices;
-  int cluster;  // blocks that share a row
+  int cluster;      // blocks that share a row
+  uint64_t* board;  // where they are a team
 };
 
 // What a slice leaves behind; the deviation keeps its range where the squares do not.
@@ -33,17 +34,19 @@ struct SliceMoments {
 
 template <int SIZE>
 constexpr int kForwardThreads = SIZE == kWarps      ? 512
+                                : SIZE == kTeam     ? kTeamThreads
                                 : kWithinWarp<SIZE> ? 128
                                                     : SIZE;
 // Whether a persistent grid walks the rows, the next one on its way while this one is reduced and written: where a warp
-// has rows of its own and registers suffice for two. Others have one row a group.
+// has rows of its own and registers suffice for two, or where a team has them. Others have one row a group.
 template <class T, int SIZE, bool WHOLE>
-constexpr bool kForwardAhead = WHOLE && kWithinWarp<SIZE> && sizeof(T) < 8;
+constexpr bool kForwardAhead = WHOLE && (kWithinWarp<SIZE> || SIZE == kTeam) && sizeof(T) < 8;
 // Blocks that a multiprocessor holds at least: as many as the plan gives it, or where a row has a block and that spills
 // nothing, what leaves 64 registers a thread, so that rows enough are on their way.
 template <class T, int SIZE, int VECS, bool WHOLE>
 constexpr int kForwardBlocks =
-    kForwardAhead<T, SIZE, WHOLE>               ? forward_threads(SIZE, VECS, kPack<T>) / kForwardThreads<SIZE>
+    SIZE == kTeam                               ? kTeamBlocks
+    : kForwardAhead<T, SIZE, WHOLE>             ? forward_threads(SIZE, VECS, kPack<T>) / kForwardThreads<SIZE>
     : WHOLE && SIZE == kWarps && sizeof(T) == 4 ? 2
     : WHOLE && SIZE == 64                       ? kMostBlocks < 20 ? kMostBlocks : 20
                                                 : 1;
@@ -54,7 +57,7 @@ constexpr int kParamsAhead = PLAIN ? (VECS < 2 ? VECS : 2) : 0;
 // Of a row whose threads have few packs each they leave with the row itself: asked for when its sums are known, they
 // would wait behind the rows that other blocks have begun to read.
 template <int SIZE, int VECS, bool WHOLE>
-constexpr bool kParamsWithRow = WHOLE && !kWithinWarp<SIZE> && VECS <= 2;
+constexpr bool kParamsWithRow = WHOLE && !kWithinWarp<SIZE> && SIZE != kTeam && VECS <= 2;
 
 // The packs of a row, or of a stretch of it from column begin on, and the row's first element, its pivot (none for
 // rms), with the residual added; writes the sum if asked to. All as they lie in memory: a conversion would wait for
@@ -233,17 +236,17 @@ __device__ inline void load_and_write(RowPart<T, norm, VECS, E>& x, Accumulate<T
   write_output<PLAIN, BIAS, false>(x, affine, shift, rstd, args, row, begin, group);
 }
 
-// with_row: weight and bias where they left with the row and args.plain, or null.
+// loaded: weight and bias where they are on their way, if args.plain; or null.
 template <class T, Norm norm, int VECS, class E, class G>
 __device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
                                   const ForwardArgs& args, int64_t row, int64_t begin, const G& group,
-                                  Affine<T, VECS, VECS>* with_row = nullptr) {
+                                  Affine<T, VECS, VECS>* loaded = nullptr) {
   constexpr bool kPlain = E::kWhole, kBias = norm != Norm::rms;
   // Rows in blocks gain nothing from a path of their own for a weight alone.
   constexpr bool kWeightAlone = kPlain && kBias && G::kInWarp;
   if (kPlain && args.plain) {
-    if (with_row)
-      write_output<kPlain, kBias, true>(x, *with_row, shift, rstd, args, row, begin, group);
+    if (loaded)
+      write_output<kPlain, kBias, true>(x, *loaded, shift, rstd, args, row, begin, group);
     else
       load_and_write<kPlain, kBias>(x, shift, rstd, args, row, begin, group);
   } else if (kWeightAlone && args.plain_weight) {
@@ -267,35 +270,45 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
     forward_rows(const ForwardArgs args) {
   using A = Accumulate<T>;
   __shared__ GroupScratch<A> scratch;
-  Group<A, SIZE, !kWithinWarp<SIZE>> group(&scratch);
+  auto group = [&] {
+    if constexpr (SIZE == kTeam)
+      return Group<A, SIZE, true>(args.board, args.cluster);
+    else
+      return Group<A, SIZE, !kWithinWarp<SIZE>>(&scratch);
+  }();
+  const int blocks = SIZE == kTeam ? args.cluster : 1;  // to a row
   const ForwardParams& p = args.p;
   const Extent<T, WHOLE, kSurePacks<VECS, WHOLE>> extent{static_cast<int>(p.cols)};
   constexpr bool kAhead = kForwardAhead<T, SIZE, WHOLE>;
-  const int64_t stride = int64_t(gridDim.x) * group.count();
-  int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
+  using Row = std::conditional_t<SIZE == kTeam, int, int64_t>;  // of so many columns there are no more in any memory
+  const Row stride = Row(gridDim.x / blocks) * group.count();
+  Row row = Row(blockIdx.x / blocks) * group.count() + group.index;
   constexpr bool kWithRow = kParamsWithRow<SIZE, VECS, WHOLE>;
+  // A team's blocks keep weight and bias of their columns for all the rows they walk.
+  constexpr bool kKeep = SIZE == kTeam;
   Affine<T, VECS, VECS> affine(args, 0);
   Raw<T> raw[VECS];
   T pivot{};
-  auto load = [&](int64_t r) {
+  auto load = [&](Row r) {
     fetch<T, norm>(raw, pivot, args, r, 0, extent, true, group);
     if (kWithRow && args.plain) affine.template load<kWithRow, norm != Norm::rms>(extent, group);
   };
-  if (kAhead && row < p.rows) load(row);
-  for (; row < p.rows; row += stride) {
+  if (kAhead && row < Row(p.rows)) load(row);
+  if (kKeep && args.plain) affine.template load<kKeep, norm != Norm::rms>(extent, group);
+  for (; row < Row(p.rows); row += stride) {
     if (!kAhead) load(row);
     if (!kWithinWarp<SIZE>) forget(group.rank);
     RowPart<T, norm, VECS, decltype(extent)> x(extent);
     x.take(raw, pivot);
-    if (kAhead && row + stride < p.rows) load(row + stride);
+    if (kAhead && row + stride < Row(p.rows)) load(row + stride);
 
     const A inverse_cols = A(args.inverse_cols), eps = A(p.eps);
     const Moments<A> m = x.moments(p, args.even, inverse_cols, group);
     const A rstd = rstd_of(m.m2, inverse_cols, eps, [&](A scale) { return x.squares(m.mean, scale, group); });
     if (!kWithinWarp<SIZE>) forget(group.rank);
     if (group.rank == 0) save_stats<norm>(p, row, m.mean, rstd);
-    finish_row(x, m.mean, rstd, args, row, 0, group, kWithRow ? &affine : nullptr);
-    if (!kAhead) break;
+    finish_row(x, m.mean, rstd, args, row, 0, group, kWithRow || kKeep ? &affine : nullptr);
+    if (!kAhead && !kKeep) break;
   }
 }
 

@@ -1,13 +1,14 @@
 // The threads that share a row, and what they add up together.
 #pragma once
-#include "platform.cuh"
+#include "cluster.cuh"
 #include "welford.cuh"
 
 namespace lnc {
 
-constexpr int kWarps = 0;  // for SIZE below: whole warps, as many as the launch says
+// For SIZE below: whole warps, as many as the launch says, of a block or of all the blocks of a team.
+constexpr int kWarps = 0, kTeam = -1;
 template <int SIZE>
-constexpr bool kWithinWarp = SIZE != kWarps && SIZE <= 32;
+constexpr bool kWithinWarp = SIZE > 0 && SIZE <= 32;
 constexpr int kMaxWarps = 32;
 
 #ifndef LNC_HOST_EXECUTION
@@ -41,8 +42,9 @@ struct GroupScratch {
   A value[2][kMaxWarps][3];
 };
 
-// The threads of a block with one threadIdx.y: SIZE threads (a power of two), of one warp up to 32, or kWarps. Every
-// thread of a group must make the same calls; results are the same bits in all of them. ALONE: the group is the block.
+// The threads of a block with one threadIdx.y: SIZE threads (a power of two), of one warp up to 32, or kWarps; or those
+// of a team. Every thread of a group must make the same calls; results are the same bits in all of them, and the same
+// whether the warps are a block's or a team's. ALONE: the group is the block.
 template <class A, int SIZE, bool ALONE = false>
 struct Group {
   static constexpr bool kInWarp = kWithinWarp<SIZE>;
@@ -53,7 +55,15 @@ struct Group {
   unsigned mask;
   GroupScratch<A>* scratch;
   int turn = 0;  // which half of the scratch: one barrier a reduction is enough when two alternate
+  Board board{};
 
+  // Of the team of blocks that this one belongs to.
+  __device__ Group(uint64_t* boards, int blocks) : size(blocks * int(blockDim.x)), index(0), mask(0xffffffffu) {
+    static_assert(SIZE == kTeam, "others have a scratch");
+    rank = int(blockIdx.x % blocks * blockDim.x + threadIdx.x);
+    board.half = kForwardBoard / 16;
+    board.words = boards + blockIdx.x / blocks * (kForwardBoard / 8);
+  }
   __device__ explicit Group(GroupScratch<A>* s) : scratch(s) {
     size = SIZE == kWarps ? int(blockDim.x) : SIZE;
     index = ALONE ? 0 : int(threadIdx.y);
@@ -75,13 +85,10 @@ struct Group {
   // Component-wise sums over the group.
   template <int K>
   __device__ void sum(A (&v)[K]) {
-    if constexpr (K == 2 && kWidth > 1) return sum_pair(v);
+    if constexpr (K == 2 && kWidth > 1 && SIZE != kTeam) return sum_pair(v);
     butterfly<kWidth>([&](auto offset) { add<decltype(offset)::value>(v); });
     if (kInWarp || size == 32) return;
-    const A* parts = share(v);
-    const bool here = parts != nullptr;
-#pragma unroll
-    for (int k = 0; k < K; ++k) v[k] = here ? parts[k] : A(0);
+    share(v);
     across_warps([&](auto offset) { add<decltype(offset)::value>(v); });
   }
 
@@ -104,9 +111,9 @@ struct Group {
     if (!kInWarp && size != 32) {
       const int warps = this->warps();
       if (warps & (warps - 1)) return merge_warps(Moments<A>{A(32 * N), m.sum * (A(1) / A(32 * N)), m.m2});
-      const A v[2] = {m.sum, m.m2};
-      const A* parts = share(v);  // never null
-      m.sum = parts[0], m.m2 = parts[1];
+      A v[2] = {m.sum, m.m2};
+      share(v);
+      m.sum = v[0], m.m2 = v[1];
       across_warps(meet);
     }
     return {A(N) * A(size), m.sum * inverse, m.m2};
@@ -162,26 +169,36 @@ struct Group {
       }
   }
 
-  // Leaves the warp's part where the others see it; the part of warp number lane, or null where there is no such warp.
-  // As many lanes as the next power of two hold one each, over and over.
+  // Leaves the warp's part where the others see it, and takes that of warp number lane, zeros where there is no such
+  // warp. As many lanes as the next power of two hold one each, over and over.
   template <int K>
-  __device__ const A* share(const A (&v)[K]) {
-    const int warps = this->warps(), first = index * warps;
-    auto& values = next_half();
-    if (lane() == 0) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) values[first + unsigned(rank) / 32][k] = v[k];
-    }
-    sync();
+  __device__ void share(A (&v)[K]) {
+    const int warps = this->warps(), first = index * warps, warp = first + unsigned(rank) / 32;
     const int span = 1 << (32 - __clz(warps - 1)), part = lane() & (span - 1);
-    return part < warps ? values[first + part] : nullptr;
+    const bool here = part < warps;
+    if constexpr (SIZE == kTeam) {
+      board.next();
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (lane() == 0) board.post(warp * 3 + k, v[k]);
+#pragma unroll
+      for (int k = 0; k < K; ++k) v[k] = here ? board.template wait<A>(part * 3 + k) : A(0);
+    } else {
+      auto& values = next_half();
+      if (lane() == 0) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) values[warp][k] = v[k];
+      }
+      sync();
+#pragma unroll
+      for (int k = 0; k < K; ++k) v[k] = here ? values[first + part][k] : A(0);
+    }
   }
 
   __device__ Moments<A> merge_warps(const Moments<A>& warp) {
-    const A v[3] = {warp.n, warp.mean, warp.m2};
-    const A* parts = share(v);
-    Moments<A> m = {0, 0, 0};
-    if (parts) m = {parts[0], parts[1], parts[2]};
+    A v[3] = {warp.n, warp.mean, warp.m2};
+    share(v);
+    Moments<A> m = {v[0], v[1], v[2]};
     across_warps([&](auto offset) { m = merged<decltype(offset)::value>(m); });
     return m;
   }

@@ -22,24 +22,13 @@ cudaError_t ask_shared(void (*kernel)(Args), int64_t bytes) {
   return status;
 }
 
-// The one place where kernels start: in tests/host it runs them on the CPU.
-template <class Args>
-cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, dim3 block, cudaStream_t stream, const Args& args,
-                          int64_t shared = 0, int cluster = 1) {
+// What all blocks of a grid find zero when they begin.
+inline cudaError_t clear(void* memory, int64_t bytes, cudaStream_t stream) {
 #ifdef LNC_HOST_EXECUTION
-  return lnc::host::launch(kernel, grid, block, shared, cluster, stream, args);
+  std::memset(memory, 0, bytes);
+  return cudaSuccess;
 #else
-  const void* function = reinterpret_cast<const void*>(kernel);
-  void* list[] = {const_cast<Args*>(&args)};
-  if (cluster == 1) return cudaLaunchKernel(function, grid, block, list, shared, stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block;
-  config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
-  return cudaLaunchKernelExC(&config, function, list);
+  return cudaMemsetAsync(memory, 0, bytes, stream);
 #endif
 }
 
@@ -50,11 +39,45 @@ inline dim3 grid_of(const Plan& plan) {
 // x counts the threads of a row, y the rows.
 inline dim3 block_of(const Plan& plan) { return dim3(plan.threads_per_row, plan.rows_per_block); }
 
+// The one place where kernels start: in tests/host it runs them on the CPU.
+template <class Args>
+cudaError_t launch_kernel(void (*kernel)(Args), dim3 grid, dim3 block, cudaStream_t stream, const Args& args,
+                          int64_t shared = 0, int cluster = 1, bool team = false, bool cooperative = false) {
+#ifdef LNC_HOST_EXECUTION
+  return lnc::host::launch(kernel, grid, block, shared, cluster, team, stream, args);
+#else
+  const void* function = reinterpret_cast<const void*>(kernel);
+  void* list[] = {const_cast<Args*>(&args)};
+  if (!cooperative && (cluster == 1 || team)) return cudaLaunchKernel(function, grid, block, list, shared, stream);
+  cudaLaunchAttribute attribute{};
+  if (cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, function, list);
+#endif
+}
+
+template <class Args>
+cudaError_t launch_planned(void (*kernel)(Args), const Plan& plan, cudaStream_t stream, const Args& args,
+                           int64_t shared = 0) {
+  return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, shared, plan.cluster, plan.is("team"),
+                       plan.cooperative);
+}
+
 template <class T>
 ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   ForwardArgs a{};
   a.p = p;
-  a.even = int64_t(plan.threads_per_row) * plan.tier->vecs * kPack<T> == p.cols;
+  const int blocks = plan.is("team") ? plan.cluster : 1;
+  a.even = int64_t(blocks) * plan.threads_per_row * plan.tier->vecs * kPack<T> == p.cols;
   a.wide_params = kNarrow<T> && p.param_dtype == accumulate_type(p.dtype);
   a.wide_output = kNarrow<T> && p.output_dtype == accumulate_type(p.dtype);
   const bool narrow = p.weight && !a.wide_params && !a.wide_output;
@@ -65,6 +88,7 @@ ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   a.slice_cols = plan.slice_cols;
   a.slices = plan.slices;
   a.cluster = plan.cluster;
+  a.board = static_cast<uint64_t*>(p.workspace);
   return a;
 }
 
@@ -73,8 +97,13 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
   constexpr bool wide = sizeof(T) >= 4;  // the tiers of 6 and 8 packs are for these
   const int vecs = plan.tier->vecs;
   auto launch = [&](void (*kernel)(ForwardArgs), int64_t shared = 0) {
-    return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, shared, plan.cluster);
+    return launch_planned(kernel, plan, stream, args, shared);
   };
+  if constexpr (sizeof(T) < 8)
+    if (plan.is("team")) {
+      const cudaError_t status = clear(args.board, plan.board, stream);
+      return status != cudaSuccess ? status : launch(forward_rows < T, norm, kTeam, wide ? 8 : 4, WHOLE >);
+    }
   if (plan.is("staged") || plan.is("cluster")) {
     const int64_t shared = sizeof(ForwardShared<Accumulate<T>>) + plan.shared;
     const cudaError_t status = ask_shared(forward_staged<T, norm, 4, WHOLE>, shared);
@@ -136,14 +165,13 @@ BackwardArgs backward_args(const BackwardParams& p, const Plan& plan) {
   a.cluster = plan.cluster;
   a.partials = p.workspace;
   a.sums = static_cast<char*>(p.workspace) + partials_bytes(p, plan);
+  a.board = plan.is("team") ? static_cast<uint64_t*>(a.sums) : nullptr;
   return a;
 }
 
 template <class T, class D, Norm norm, bool WHOLE>
-cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream_t stream) {
-  auto launch = [&](void (*kernel)(BackwardArgs), int64_t shared = 0) {
-    return launch_kernel(kernel, grid_of(plan), block_of(plan), stream, args, shared, plan.cluster);
-  };
+cudaError_t launch_backward_rows(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
+  auto launch = [&](void (*kernel)(BackwardArgs)) { return launch_planned(kernel, plan, stream, args); };
   if (plan.is("slices")) {
     if (args.p.grad_input) {
       const dim3 every_row(plan.slices, at_most(args.p.rows, kMaxGridY));
@@ -153,18 +181,11 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
     }
     return launch(backward_slices<T, D, norm, 2, WHOLE>);
   }
-  if (plan.is("cluster")) return launch(backward_rows<T, D, norm, kWarps, 2, WHOLE, true>);
-  if constexpr (sizeof(T) < 8)
-    if (plan.is("staged")) {
-      constexpr int kVecs = sizeof(T) == 4 ? 2 : 1, kSlices = 4;
-      const auto kernel = backward_staged<T, D, norm, kVecs, kSlices, WHOLE>;
-      constexpr int64_t kScratch = sizeof(GroupScratch<Accumulate<T>>);
-      const int64_t slice_bytes = plan.threads * Incoming<T, D, kVecs>::kStride * 16;
-      args.staged = static_cast<int>(at_most(plan.slices - 1, plan.shared / slice_bytes));
-      if (ask_shared(kernel, kScratch + plan.shared) != cudaSuccess)  // what is not kept is read again
-        args.staged = static_cast<int>(kUnaskedShared / slice_bytes);
-      return launch(kernel, kScratch + args.staged * slice_bytes);
-    }
+  if (plan.cluster > 1) {
+    const bool exchange = args.board && args.p.grad_input;
+    const cudaError_t status = exchange ? clear(args.board, plan.board, stream) : cudaSuccess;
+    return status != cudaSuccess ? status : launch(backward_rows<T, D, norm, kWarps, 2, WHOLE, true>);
+  }
   switch (plan.tier->group) {
     case 1:
       return launch(backward_rows<T, D, norm, 1, 1, WHOLE>);
@@ -188,13 +209,14 @@ cudaError_t launch_backward_rows(BackwardArgs args, const Plan& plan, cudaStream
 
 template <class A, class P>
 cudaError_t launch_fold(const BackwardArgs& args, cudaStream_t stream) {
-  auto launch = [&](void (*kernel)(BackwardArgs), int columns) {
-    return launch_kernel(kernel, dim3(ceil_div(args.p.cols, 32 * columns), 2), dim3(32 * kFoldWarps), stream, args);
+  auto launch = [&](void (*kernel)(BackwardArgs), int columns, int warps) {
+    return launch_kernel(kernel, dim3(ceil_div(args.p.cols, 32 * columns), 2), dim3(32 * warps), stream, args);
   };
   constexpr int M = kPack<A>;
   // Of few columns one a thread makes more blocks.
-  const bool packs = args.p.cols % M == 0 && args.p.cols >= 2048;
-  return packs ? launch(fold_partials<A, P, M>, M) : launch(fold_partials<A, P, 1>, 1);
+  if (args.p.cols % M || args.p.cols < 2048) return launch(fold_partials<A, P, 1, kFoldWarps>, 1, kFoldWarps);
+  if (args.row_blocks > kFoldAhead) return launch(fold_partials<A, P, M, kFoldWarps>, M, kFoldWarps);
+  return launch(fold_partials<A, P, M, 1>, M, 1);
 }
 
 // Whole rows with a weight of their own type are the usual case; the others share kernels that take anything.

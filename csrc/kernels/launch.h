@@ -8,13 +8,13 @@ namespace lnc::cuda {
 
 const DeviceTraits& current_device_traits();
 
-int64_t forward_workspace(const ForwardParams&, const DeviceTraits&);    // bytes
-int64_t backward_workspace(const BackwardParams&, const DeviceTraits&);  // bytes
+int64_t forward_workspace(const ForwardParams&, const DeviceTraits&);  // bytes
+int64_t backward_workspace(const BackwardParams&, DeviceTraits);       // bytes
 cudaError_t forward(const ForwardParams&, const DeviceTraits&, cudaStream_t);
 cudaError_t backward(const BackwardParams&, const DeviceTraits&, cudaStream_t);
 
 // Of backward's workspace the partials come first: they are read by whole warps and begin aligned. Then the sums of
-// sliced rows.
+// sliced rows, or the teams' boards.
 inline int64_t partials_bytes(const BackwardParams& p, const Plan& plan) {
   if (!p.grad_weight && !p.grad_bias) return 0;
   return ceil_div(2 * plan.partials * p.cols * size_of(accumulate_type(p.dtype)), 16) * 16;

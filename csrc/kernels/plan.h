@@ -13,7 +13,11 @@ struct DeviceTraits {
   int sm_count;                // multiprocessors
   const char* tier = nullptr;  // the only tiers to choose from, by name, to measure them; null for all
   int code_arch = INT32_MAX;   // what the kernels were compiled for: may be older, where PTX brings them here
+  bool teams = true;           // whether blocks may wait for each other
   bool has_clusters() const { return arch >= 90 && code_arch >= 90; }
+  bool has_teams() const { return teams && !has_clusters(); }
+  // Simulators of sm_70 know no other launches, but start the blocks in their order, and all find room.
+  bool has_cooperative_launches() const { return arch >= 75; }
 };
 
 constexpr int kWholeWarps = 0;
@@ -50,8 +54,12 @@ constexpr Tier kForwardTiers[] = {
     {"warp", 32, 8, 128, 256, 8, 4, "a warp a row, 8 packs a thread in registers"},
     // 16 elements a thread while a row leaves too few packs for 32, which share a row's fixed cost among more.
     {"block", kWholeWarps, 4, 512, 768, 8, 4, "a block a row, 4 packs a thread in registers"},
+    // Of a long row weight and bias are twice as much, and come from the L2 cache every time: several blocks take the
+    // same columns of many rows and keep theirs.
+    {"team", kWholeWarps, 8, 512, 4096, 4, 4, "long row: blocks that run together share it, the next one in flight"},
     {"block", kWholeWarps, 8, 512, 4096, 8, 4, "a block a row, 8 packs a thread in registers"},
     {"block", kWholeWarps, 2, 512, 1024, 2, 2, "a block a row, 2 packs a thread in registers"},
+    {"team", kWholeWarps, 4, 512, 2048, 2, 2, "long row: blocks that run together share it, the next one in flight"},
     {"block", kWholeWarps, 4, 512, 2048, 2, 2, "a block a row, 4 packs a thread in registers"},
     // Longer rows are cut into slices of one size whoever takes them: the same bits, however many rows there are.
     {"staged", kWholeWarps, 4, 512, kAnyLength, 8, 2, "many long rows: a block a row, kept in its shared memory"},
@@ -70,11 +78,9 @@ constexpr Tier kBackwardTiers[] = {
     {"warp", 32, 2, 512, 64, 8, 2, "a warp a row, 2 packs of each array a thread, next row in flight"},
     {"block", 64, 2, 512, 128, 2, 2, "two warps share a row, 2 packs of each array a thread, next row in flight"},
     {"block", kWholeWarps, 2, 512, 1024, 8, 2, "warps share a row, 2 packs of each array a thread, next row in flight"},
-    // Longer rows: as much of one to a block as above; where there are no clusters, 32 elements a thread, which is
-    // what leaves registers for their gradients.
+    // Longer rows: as much of one to a block as above.
     {"cluster", kWholeWarps, 2, 512, 8 * 1024, 8, 2, "long row: a cluster of blocks shares it, next row in flight"},
-    {"staged", kWholeWarps, 1, 512, 2048, 2, 2, "long row: a block a row, kept in its shared memory"},
-    {"staged", kWholeWarps, 2, 512, 4096, 4, 4, "long row: a block a row, kept in its shared memory"},
+    {"team", kWholeWarps, 2, 512, 8 * 1024, 8, 2, "long row: blocks that run together share it, next row in flight"},
     {"slices", kWholeWarps, 2, 512, kAnyLength, 8, 2, "too long to keep: slices, in two launches"},
 };
 // clang-format on
@@ -82,7 +88,12 @@ constexpr Tier kBackwardTiers[] = {
 constexpr int kMaxCluster = 8;                // blocks: what every device allows that has clusters
 constexpr int kMaxStagedSlices = 64;          // of one row
 constexpr int64_t kReservedShared = 4 << 10;  // of a block's shared memory, for all but the slices that it keeps
+// Of forward's teams, which take rows of more than kLargeRow threads, whose weight and bias do not stay in L1: threads
+// a block; blocks a multiprocessor, 3 warps each of its quarters, which leaves registers for a row, the next and both.
+constexpr int kLargeRow = 256, kTeamThreads = 64, kTeamBlocks = 6;
 constexpr int64_t kMaxGridY = 65535;
+// Of a team's board, in bytes: two halves of three floats for each of 32 warps; of two numbers for each block.
+constexpr int64_t kForwardBoard = 2 * 32 * 3 * 8, kBackwardBoard = 2 * kMaxCluster * 2 * 2 * 8;
 
 // The shared memory that one block can have, in bytes.
 constexpr int64_t shared_memory(int arch) {
@@ -101,9 +112,11 @@ struct Plan {
   int rows_per_block;   // at a time
   int64_t blocks_x, blocks_y;
   int64_t slice_cols, slices;  // of a row
-  int cluster;                 // blocks that share a row
+  int cluster;                 // blocks that share a row: a cluster or a team
+  bool cooperative;            // all blocks of the grid run at the same time
   bool whole;                  // rows begin and end with packs: for the kernels that take these only
-  int64_t shared;              // bytes of shared memory for slices of rows: forward's use, backward's most
+  int64_t shared;              // bytes of shared memory for slices of rows
+  int64_t board;               // bytes of the workspace through which the blocks of teams exchange sums
   int64_t partials;            // backward: how many sets of weight and bias gradients the second kernel folds
   bool is(const char* name) const;
 };
@@ -120,7 +133,7 @@ constexpr int sure_packs(int vecs) { return vecs < 4 ? vecs - 1 : vecs - 2; }
 
 inline bool is_whole(const Plan& plan, int64_t cols, int64_t element) {
   const int64_t pack = 16 / element, sure = plan.slices > 1 ? 0 : sure_packs(plan.tier->vecs);
-  return cols % pack == 0 && cols / pack >= sure * plan.threads_per_row;
+  return cols % pack == 0 && cols / pack >= sure * plan.cluster * plan.threads_per_row;
 }
 
 // A row's division; a row of several slices takes whole blocks.
@@ -129,7 +142,8 @@ inline Plan lay_out(const Tier* tier, int64_t cols, int64_t element) {
   Plan plan{tier};
   plan.slices = plan.cluster = 1, plan.slice_cols = cols;
   int64_t warps = at_most(ceil_div(packs, 32 * tier->vecs), tier->threads / 32);
-  if (plan.is("staged") || tier->max_packs == kAnyLength) {
+  if (tier->vecs * pack == 32 && 32 * warps > kLargeRow) warps += warps % 2;  // a team has two to a block
+  if (tier->max_packs == kAnyLength) {
     warps = tier->threads / 32;
     plan.slice_cols = warps * 32 * tier->vecs * pack;
     plan.slices = ceil_div(cols, plan.slice_cols);
@@ -169,6 +183,22 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType dtype, const DeviceTr
     plan.rows_per_block = plan.threads / plan.threads_per_row;
     plan.blocks_x = ceil_div(rows, plan.rows_per_block), plan.blocks_y = 1;
     plan.whole = aligned && is_whole(plan, cols, size_of(dtype));
+    if (plan.is("team")) {
+      // Rows that are not whole would not have the next one in flight.
+      const bool pays = plan.whole && plan.threads > kLargeRow;
+      if (!device.has_teams() || !(pays || device.tier)) return false;
+      plan.cluster = static_cast<int>(ceil_div(plan.threads, kTeamThreads));
+      plan.threads = plan.threads_per_row = kTeamThreads;
+      plan.whole = aligned && is_whole(plan, cols, size_of(dtype));
+      // A row for each of them: fewer are as soon done in a block each. And no more than it takes for as many rounds.
+      const int64_t most = kTeamBlocks * device.sm_count / plan.cluster;
+      if (most == 0 || (rows < most && !device.tier)) return false;
+      const int64_t teams = ceil_div(rows, ceil_div(rows, most));
+      plan.blocks_x = teams * plan.cluster;
+      plan.board = teams * kForwardBoard;
+      plan.cooperative = device.has_cooperative_launches();
+      return true;
+    }
     if (plan.is("warp") && plan.whole && dtype != DType::f64) {
       const int threads = forward_threads(plan.tier->group, plan.tier->vecs, 16 / size_of(dtype));
       plan.blocks_x = at_most(plan.blocks_x, threads / plan.threads * device.sm_count);
@@ -207,20 +237,30 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceT
       // Two blocks a multiprocessor share the rows of a slice: more would only write more partials.
       plan.blocks_y = at_least(1, at_most(at_most(rows, kMaxGridY), 2 * device.sm_count / plan.slices));
       plan.partials = plan.blocks_y;
-    } else if (plan.is("cluster")) {
-      if (!device.has_clusters()) return false;
+    } else if (plan.is("cluster") || plan.is("team")) {
+      if (!(plan.is("team") ? device.has_teams() : device.has_clusters())) return false;
       const int64_t packs = ceil_div(cols, pack);
-      for (plan.cluster = 2; plan.cluster * plan.tier->threads * plan.tier->vecs < packs;) plan.cluster *= 2;
+      // Two blocks a multiprocessor, as far as the sizes of teams go: one computes while the other waits for its team.
+      const int64_t most = plan.is("team") ? kMaxCluster : 1;
+      for (plan.cluster = 2;
+           plan.cluster * plan.tier->threads * plan.tier->vecs < (plan.cluster < most ? 2 : 1) * packs;)
+        plan.cluster *= 2;
       plan.threads = static_cast<int>(32 * ceil_div(packs, plan.cluster * 32 * plan.tier->vecs));
       plan.threads_per_row = plan.threads;
       plan.slice_cols = plan.threads * plan.tier->vecs * pack;
       plan.slices = plan.cluster;
-      plan.partials = at_least(1, at_most(rows, device.sm_count / plan.cluster));
+      const int64_t blocks = plan.is("team") ? plan.tier->threads / plan.threads * device.sm_count : device.sm_count;
+      plan.partials = at_least(1, at_most(rows, blocks / plan.cluster));
       plan.blocks_x = plan.partials * plan.cluster;
+      if (plan.is("team")) {
+        if (plan.blocks_x > blocks) return false;
+        plan.board = plan.partials * kBackwardBoard;
+        plan.cooperative = device.has_cooperative_launches();
+      }
     } else {
       // As many rows at a time as a block holds, fewer while that would leave multiprocessors without a row.
-      const int64_t most = plan.is("staged") ? 1 : plan.tier->threads / plan.threads_per_row;
-      const int64_t groups = at_least(1, at_most(most, ceil_div(rows, device.sm_count)));
+      const int64_t groups =
+          at_least(1, at_most(plan.tier->threads / plan.threads_per_row, ceil_div(rows, device.sm_count)));
       plan.threads = static_cast<int>(ceil_div(groups * plan.threads_per_row, 32) * 32);
       plan.rows_per_block = plan.threads / plan.threads_per_row;
       // Fewer where that keeps partials within 2% of what is moved and takes one round of rows in sixteen at most: what
@@ -230,13 +270,6 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dtype, const DeviceT
       auto rounds = [&](int64_t blocks) { return ceil_div(rows, blocks * plan.rows_per_block); };
       const int64_t walkers = 15 * rounds(fewer) <= 16 * rounds(device.sm_count) ? fewer : device.sm_count;
       plan.blocks_x = plan.partials = at_most(walkers, ceil_div(rows, plan.rows_per_block));
-      if (plan.is("staged")) {
-        if (device.has_clusters()) return false;  // which have that kernel's place
-        // No more blocks than it takes for as many rounds: what each leaves to be folded is as long as two rows.
-        const int64_t rounds = at_least(1, ceil_div(rows, device.sm_count));
-        plan.blocks_x = plan.partials = ceil_div(rows, rounds);
-        plan.shared = shared_memory(device.arch) - kReservedShared;
-      }
     }
     plan.whole = aligned && is_whole(plan, cols, size_of(dtype));
     return true;

@@ -36,15 +36,16 @@ class Library:
         self.calls = ctypes.CDLL(str(path), mode=os.RTLD_LAZY if lazy else ctypes.DEFAULT_MODE)
         self.calls.lnc_host_report.restype = ctypes.c_char_p
         self.calls.lnc_host_array.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_char]
-        self.calls.lnc_host_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
+        self.calls.lnc_host_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
 
     def reset(self):
         """Forgets reports, counts and arrays."""
         self.calls.lnc_host_reset()
 
-    def device(self, arch=90, sm_count=4, seed=0):
-        """The pretended device; a seed other than 0 shuffles the order of blocks, warps and lanes."""
-        self.calls.lnc_host_device(arch, sm_count, seed)
+    def device(self, arch=90, sm_count=4, seed=0, room=2**31 - 1):
+        """The pretended device; a seed other than 0 shuffles the order of blocks, warps and lanes; room: for so many
+        blocks that have to run together."""
+        self.calls.lnc_host_device(arch, sm_count, seed, room)
 
     def check(self, races=True, distinct=True):
         """Which checks are made; off, large problems take less memory."""

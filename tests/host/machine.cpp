@@ -56,7 +56,7 @@ constexpr uint64_t canary = 0x5ca1ab1e0ddba11;
 void* main_stack_pointer;
 char* stacks = nullptr;
 size_t stack_count = 0;
-uint32_t live_threads, cluster_phase, cluster_arrived;
+uint32_t live_threads, cluster_phase, cluster_arrived, looks;
 Device pretended;
 uint64_t random_state;
 
@@ -146,6 +146,16 @@ std::string doing(const Thread& t) {
     text += ", name " + std::to_string(t.argument) + " of " + std::to_string(t.width) + " threads";
   if (t.waiting >= Meeting::syncwarp) text += " with mask " + hex(t.mask);
   return text;
+}
+
+// Which thread runs instead of `from`, which waits for what another writes: any other in turn.
+Thread* next_after(const Thread& from) {
+  const size_t count = machine.threads.size(), number = &from - machine.threads.data();
+  for (size_t i = 1; i < count; ++i) {
+    Thread& t = machine.threads[(number + i) % count];
+    if (machine.warp_of(t).runnable >> t.lane & 1) return &t;
+  }
+  return nullptr;
 }
 
 // No thread can run, and not all have exited.
@@ -280,7 +290,7 @@ void run_cluster(uint32_t first_block) {
     }
   }
   live_threads = count;
-  cluster_phase = cluster_arrived = 0;
+  cluster_phase = cluster_arrived = looks = 0;
   start_cluster();
   self = next_runnable(nullptr);
   lnc_switch(&main_stack_pointer, self->stack_pointer);
@@ -304,9 +314,9 @@ const char* invalid(const Launch& l) {
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return "the grid is empty";
   if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535)
     return "the grid is larger than 2^31-1, 65535, 65535";
-  if (l.cluster < 1 || l.cluster > largest_cluster || (l.cluster & (l.cluster - 1)))
-    return "a cluster has 1, 2, 4, 8 or 16 blocks";
-  if (l.cluster > 1 && pretended.arch < 90) return "clusters need sm_90";
+  if (l.cluster < 1 || l.cluster > largest_cluster || (!l.team && (l.cluster & (l.cluster - 1))))
+    return "a cluster has 1, 2, 4, 8 or 16 blocks, a team 1 to 16";
+  if (l.cluster > 1 && !l.team && pretended.arch < 90) return "clusters need sm_90";
   if (l.grid.x % l.cluster) return "the cluster does not divide the grid";
   if (l.params_bytes > 4096) return "more than 4096 bytes of parameters";
   return nullptr;
@@ -493,6 +503,22 @@ uint64_t meet(Meeting meeting, unsigned mask, uint64_t value, int argument, int 
   return t.value;
 }
 
+void post(volatile uint64_t* word, uint64_t value) {
+  *word = value;
+  looks = 0;
+}
+
+uint64_t look(volatile uint64_t* word) {
+  Thread& t = *self;
+  if (++looks > 1000 * machine.threads.size())
+    fail("stall", "threads wait for a word of global memory that none of those which run together writes", &t);
+  if (Thread* next = next_after(t)) {
+    self = next;
+    lnc_switch(&t.stack_pointer, next->stack_pointer);
+  }
+  return *word;
+}
+
 void cluster_arrive(Site site) { arrive(site, ++machine.time); }
 
 void cluster_wait(Site site) {
@@ -521,6 +547,7 @@ cudaError_t launch(const Launch& l) {
     record("invalid launch", why, nullptr);
     return cudaErrorInvalidConfiguration;
   }
+  if (l.team && l.grid.x > static_cast<unsigned>(pretended.room)) return cudaErrorCooperativeLaunchTooLarge;
   machine.threads_per_block = l.block.x * l.block.y * l.block.z;
   machine.warps_per_block = (machine.threads_per_block + 31) / 32;
   machine.threads.resize(size_t{machine.threads_per_block} * l.cluster);
@@ -559,6 +586,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorMemoryAllocation";
     case cudaErrorInvalidConfiguration:
       return "cudaErrorInvalidConfiguration";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "cudaErrorCooperativeLaunchTooLarge";
     case cudaErrorNotSupported:
       return "cudaErrorNotSupported";
     case cudaErrorLaunchFailure:
@@ -574,7 +603,9 @@ const char* cudaGetErrorString(cudaError_t error) {
   return text.c_str();
 }
 
-void lnc_host_device(int arch, int sm_count, uint64_t seed) { lnc::host::device() = {arch, sm_count, seed}; }
+void lnc_host_device(int arch, int sm_count, uint64_t seed, int room) {
+  lnc::host::device() = {arch, sm_count, seed, room};
+}
 
 #ifdef LNC_HOST_MUTANTS
 int lnc_host_mutant = 0;

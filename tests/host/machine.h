@@ -17,11 +17,13 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,
   cudaErrorLaunchFailure = 719,
 };
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 using cudaStream_t = struct CUstream_st*;
 
 namespace lnc::host {
@@ -83,6 +85,10 @@ T* map_shared(T* p, int rank) {
   return static_cast<T*>(map_shared_address(p, rank));
 }
 
+// Words of global memory through which blocks that run together wait for each other.
+void post(volatile uint64_t* word, uint64_t value);
+uint64_t look(volatile uint64_t* word);  // others run first
+
 struct Launch {
   void (*kernel)();
   void (*call)(void (*kernel)(), const void* params);
@@ -91,24 +97,27 @@ struct Launch {
   dim3 grid, block;
   size_t dynamic_shared;
   int cluster;
+  bool team;
 };
 cudaError_t launch(const Launch&);
 
-// Blocks [r * cluster, (r + 1) * cluster) of grid.x form a cluster.
+// Blocks [r * cluster, (r + 1) * cluster) of grid.x form a cluster; or a team, which only runs together.
 template <class P>
-cudaError_t launch(void (*kernel)(P), dim3 grid, dim3 block, size_t dynamic_shared, int cluster, cudaStream_t,
-                   const P& params) {
+cudaError_t launch(void (*kernel)(P), dim3 grid, dim3 block, size_t dynamic_shared, int cluster, bool team,
+                   cudaStream_t, const P& params) {
   const auto call = [](void (*kernel)(), const void* params) {
     reinterpret_cast<void (*)(P)>(kernel)(*static_cast<const P*>(params));
   };
-  return launch({reinterpret_cast<void (*)()>(kernel), call, &params, sizeof(P), grid, block, dynamic_shared, cluster});
+  return launch(
+      {reinterpret_cast<void (*)()>(kernel), call, &params, sizeof(P), grid, block, dynamic_shared, cluster, team});
 }
 
 // What the pretended device is.
 struct Device {
   int arch = 90;  // 10 * major + minor
   int sm_count = 4;
-  uint64_t seed = 0;  // other than 0: blocks, warps and lanes run in an order drawn from it
+  uint64_t seed = 0;     // other than 0: blocks, warps and lanes run in an order drawn from it
+  int room = INT32_MAX;  // blocks of a launch of teams
 };
 Device& device();
 
@@ -123,7 +132,7 @@ void lnc_host_reset();
 void lnc_host_array(const char* name, const void* base, int64_t bytes, char access);
 // Which checks an instrumented build makes. Bytes and sectors are always counted, bounds always checked.
 void lnc_host_check(int races, int distinct);
-void lnc_host_device(int arch, int sm_count, uint64_t seed);
+void lnc_host_device(int arch, int sm_count, uint64_t seed, int room);
 // {"instrumented": bool, "reports": [...], "launches": [...]} as JSON; valid until the next call.
 const char* lnc_host_report();
 }

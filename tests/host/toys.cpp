@@ -162,6 +162,23 @@ __global__ void cluster_sum(const Params p) {
   if (p.variant != 2) cluster_sync();
 }
 
+// Blocks that run together add up their rows through words behind y. variant 1: one of them tells the others nothing
+__global__ void team_sum(const Params p) {
+  using namespace lnc::host;
+  auto* const words = reinterpret_cast<uint64_t*>(p.y + 128) + threadIdx.x;
+  const float mine = p.x[blockIdx.x * 32 + threadIdx.x];
+  if (p.variant != 1 || cluster_rank() != 2)
+    post(words + 32 * cluster_rank(), uint64_t{1} << 32 | __float_as_uint(mine));
+  float sum = 0;
+  for (int r = 0; r < cluster_size(); ++r) {
+    uint64_t word;
+    do word = look(words + 32 * r);
+    while (word >> 32 != 1);
+    sum += __uint_as_float(static_cast<uint32_t>(word));
+  }
+  p.y[blockIdx.x * 32 + threadIdx.x] = sum;
+}
+
 __global__ void shuffles(const Params p) {
   const int i = threadIdx.x, width = p.n;
   const double v = i;
@@ -229,6 +246,7 @@ const Toy toys[] = {{"reverse", reverse},
                     {"exchange_warps", exchange_warps},
                     {"conflict", conflict},
                     {"cluster_sum", cluster_sum},
+                    {"team_sum", team_sum},
                     {"shuffles", shuffles},
                     {"layer_norm", layer_norm}};
 
@@ -238,7 +256,8 @@ extern "C" int run_toy(const char* name, int grid, int block, int dynamic_shared
                        int n, int variant) {
   for (const Toy& toy : toys)
     if (!std::strcmp(toy.name, name))
-      return lnc::host::launch(toy.kernel, grid, block, dynamic_shared, cluster, nullptr, Params{x, y, n, variant});
+      return lnc::host::launch(toy.kernel, grid, block, dynamic_shared, cluster, toy.kernel == team_sum, nullptr,
+                               Params{x, y, n, variant});
   return -1;
 }
 
