@@ -67,7 +67,8 @@ def test_backward_fills_the_device():
 @pytest.mark.parametrize(
     "direction, rows, cols, dtype, arch, tier",
     [
-        ("forward", 4096, 1024, torch.float32, "sm_90", "warp"),
+        ("forward", 4096, 512, torch.float32, "sm_90", "warp"),
+        ("forward", 4096, 1024, torch.float32, "sm_90", "block"),
         ("forward", 4096, 1024, torch.float16, "sm_90", "block"),
         ("forward", 4096, 8192, torch.float32, "sm_70", "block"),
         ("forward", 128, 16384, torch.float32, "sm_70", "team"),

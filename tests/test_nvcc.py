@@ -11,10 +11,10 @@ if reason := compiled.unsupported():
     pytest.skip(reason, allow_module_level=True)
 
 # 65,536 registers a multiprocessor, 512 threads a block: the most that lets one block run, or 4 of 128 threads. Where a
-# thread holds 8 packs of a float32 row and of the next, the plan gives a multiprocessor 3 of these; where a thread of a
-# team keeps weight and bias besides, 6 of 64 threads.
+# thread of a team holds 32 elements of a row, of the next, of weight and bias, the plan gives a multiprocessor 6 blocks
+# of 64 threads.
 REGISTERS = 128
-REGISTERS_12_WARPS = 168
+REGISTERS_TEAM = 168
 # These move single values: the partials of a column, the sums of a slice.
 NARROW_STORES = {"fold_partials", "backward_slice_sums"}
 NARROW_LOADS = {"fold_partials"}
@@ -40,8 +40,7 @@ def kernel_name(symbol):
 
 
 def most_registers(symbol):
-    more = re.match(r"_ZN3lnc12forward_rowsI(f\w+Li32ELi8ELb1E|\w+Lin1ELi[48]E)", symbol)
-    return REGISTERS_12_WARPS if more else REGISTERS
+    return REGISTERS_TEAM if re.match(r"_ZN3lnc12forward_rowsI\w+Lin1ELi[48]E", symbol) else REGISTERS
 
 
 def machine_code(text, architecture, item):

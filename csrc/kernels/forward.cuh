@@ -48,7 +48,7 @@ constexpr int kForwardBlocks =
     SIZE == kTeam                               ? kTeamBlocks
     : kForwardAhead<T, SIZE, WHOLE>             ? forward_threads(SIZE, VECS, kPack<T>) / kForwardThreads<SIZE>
     : WHOLE && SIZE == kWarps && sizeof(T) == 4 ? 2
-    : WHOLE && SIZE == 64                       ? kMostBlocks < 20 ? kMostBlocks : 20
+    : WHOLE && SIZE == 64                       ? at_most(kMostBlocks, sizeof(T) == 2 ? 20 : 12)
                                                 : 1;
 
 // Packs of weight and bias that are on their way ahead of the one in use.
@@ -57,7 +57,7 @@ constexpr int kParamsAhead = PLAIN ? (VECS < 2 ? VECS : 2) : 0;
 // Of a row whose threads have few packs each they leave with the row itself: asked for when its sums are known, they
 // would wait behind the rows that other blocks have begun to read.
 template <int SIZE, int VECS, bool WHOLE>
-constexpr bool kParamsWithRow = WHOLE && !kWithinWarp<SIZE> && SIZE != kTeam && VECS <= 2;
+constexpr bool kParamsWithRow = WHOLE && (SIZE == 64 || (SIZE == kWarps && VECS <= 2));
 
 // The packs of a row, or of a stretch of it from column begin on, and the row's first element, its pivot (none for
 // rms), with the residual added; writes the sum if asked to. All as they lie in memory: a conversion would wait for
@@ -183,9 +183,9 @@ __device__ inline A rstd_of(A m2, A inverse_cols, A eps, F scaled_m2) {
 }
 
 // Weight and bias of a thread's columns, EARLY packs of each ahead.
-template <class T, int VECS, int EARLY>
+template <class T, int VECS, int EARLY, bool KEEP = false>
 struct Affine {
-  Param<T, VECS, EARLY> weight, bias;
+  Param<T, VECS, EARLY, KEEP> weight, bias;
   __device__ Affine(const ForwardArgs& args, int64_t begin)
       : weight(args.p.weight, begin, args.wide_params), bias(args.p.bias, begin, args.wide_params) {}
   template <bool PLAIN, bool BIAS, class E, class G>
@@ -197,10 +197,10 @@ struct Affine {
 
 // y = xhat * weight + bias, written to the output. Leaves nothing of d. PLAIN promises what args.plain says, and that
 // there is a bias where BIAS. LOADED: weight and bias are on their way already.
-template <bool PLAIN, bool BIAS, bool LOADED, class T, Norm norm, int VECS, int EARLY, class E, class G>
-__device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Affine<T, VECS, EARLY>& affine, Accumulate<T> shift,
-                                    Accumulate<T> rstd, const ForwardArgs& args, int64_t row, int64_t begin,
-                                    const G& group) {
+template <bool PLAIN, bool BIAS, bool LOADED, class T, Norm norm, int VECS, int EARLY, bool KEEP, class E, class G>
+__device__ inline void write_output(RowPart<T, norm, VECS, E>& x, Affine<T, VECS, EARLY, KEEP>& affine,
+                                    Accumulate<T> shift, Accumulate<T> rstd, const ForwardArgs& args, int64_t row,
+                                    int64_t begin, const G& group) {
   using A = Accumulate<T>;
   constexpr int N = kPack<T>;
   const ForwardParams& p = args.p;
@@ -237,10 +237,10 @@ __device__ inline void load_and_write(RowPart<T, norm, VECS, E>& x, Accumulate<T
 }
 
 // loaded: weight and bias where they are on their way, if args.plain; or null.
-template <class T, Norm norm, int VECS, class E, class G>
+template <class T, Norm norm, int VECS, class E, class G, class F = Affine<T, VECS, VECS>>
 __device__ inline void finish_row(RowPart<T, norm, VECS, E>& x, Accumulate<T> shift, Accumulate<T> rstd,
                                   const ForwardArgs& args, int64_t row, int64_t begin, const G& group,
-                                  Affine<T, VECS, VECS>* loaded = nullptr) {
+                                  F* loaded = nullptr) {
   constexpr bool kPlain = E::kWhole, kBias = norm != Norm::rms;
   // Rows in blocks gain nothing from a path of their own for a weight alone.
   constexpr bool kWeightAlone = kPlain && kBias && G::kInWarp;
@@ -284,9 +284,9 @@ __global__ void __launch_bounds__(kForwardThreads<SIZE>, kForwardBlocks<T, SIZE,
   const Row stride = Row(gridDim.x / blocks) * group.count();
   Row row = Row(blockIdx.x / blocks) * group.count() + group.index;
   constexpr bool kWithRow = kParamsWithRow<SIZE, VECS, WHOLE>;
-  // A team's blocks keep weight and bias of their columns for all the rows they walk.
+  // A team's blocks keep weight and bias of their columns for all the rows they walk, as far as registers go.
   constexpr bool kKeep = SIZE == kTeam;
-  Affine<T, VECS, VECS> affine(args, 0);
+  Affine<T, VECS, kKeep && VECS == 8 ? 7 : VECS, kKeep> affine(args, 0);
   Raw<T> raw[VECS];
   T pivot{};
   auto load = [&](Row r) {

@@ -94,7 +94,7 @@ ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
 
 template <class T, Norm norm, bool WHOLE>
 cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  constexpr bool wide = sizeof(T) >= 4;  // the tiers of 6 and 8 packs are for these
+  constexpr bool wide = sizeof(T) >= 4;
   const int vecs = plan.tier->vecs;
   auto launch = [&](void (*kernel)(ForwardArgs), int64_t shared = 0) {
     return launch_planned(kernel, plan, stream, args, shared);
@@ -123,14 +123,17 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
     case 16:
       return launch(vecs == 2 ? forward_rows<T, norm, 16, 2, WHOLE> : forward_rows<T, norm, 16, 4, WHOLE>);
     case 32:
-      if constexpr (wide) {
+      if constexpr (wide)
         if (vecs == 4) return launch(forward_rows<T, norm, 32, 4, WHOLE>);
+      if constexpr (sizeof(T) == 8) {
         if (vecs == 6) return launch(forward_rows<T, norm, 32, 6, WHOLE>);
         if (vecs == 8) return launch(forward_rows<T, norm, 32, 8, WHOLE>);
       }
       break;
     case 64:
-      if constexpr (!wide) return launch(forward_rows<T, norm, 64, 2, WHOLE>);
+      if constexpr (sizeof(T) == 4)
+        if (vecs == 3) return launch(forward_rows<T, norm, 64, 3, WHOLE>);
+      if constexpr (sizeof(T) < 8) return launch(forward_rows < T, norm, 64, wide ? 4 : 2, WHOLE >);
       break;
     case kWholeWarps:
       if constexpr (wide)

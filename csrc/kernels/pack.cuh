@@ -429,8 +429,9 @@ __device__ inline void store_wide(A* row, const A (&in)[kPack<T>], int i, int co
 }
 
 // Weight or bias. EARLY of a thread's packs are on their way ahead of the one in use: the compiler moves no load before
-// a store, so that each would only leave when the one before has been used. Where EARLY are all of them they stay.
-template <class T, int VECS, int EARLY>
+// a store, so that each would only leave when the one before has been used. Where EARLY are all of them they stay, or
+// where KEEP says so; the others are then fetched each time.
+template <class T, int VECS, int EARLY, bool KEEP = false>
 struct Param {
   using A = Accumulate<T>;
   static constexpr int N = kPack<T>;
@@ -459,11 +460,13 @@ struct Param {
       for (int e = 0; e < N; ++e) out[e] = absent;
     } else if (!PLAIN && wide) {
       load_wide<T>(out, static_cast<const A*>(first), v * group.size + group.rank, extent.end(), true);
-    } else if constexpr (EARLY > 0) {
-      unpack<T>(early[v % EARLY], out);
-      if (v + EARLY < VECS) early[v % EARLY] = one(v + EARLY, extent, group);
-    } else {
+    } else if constexpr (EARLY == 0) {
       unpack<T>(one(v, extent, group), out);
+    } else if (KEEP && v >= EARLY) {
+      unpack<T>(one(v, extent, group), out);
+    } else {
+      unpack<T>(early[v % EARLY], out);
+      if (!KEEP && v + EARLY < VECS) early[v % EARLY] = one(v + EARLY, extent, group);
     }
   }
 

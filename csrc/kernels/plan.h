@@ -49,9 +49,11 @@ constexpr Tier kForwardTiers[] = {
     // leave registers for weight and bias, which then come with the row.
     {"warp", 32, 4, 128, 128, 8, 4, "a warp a row, 4 packs a thread in registers"},
     {"block", 64, 2, 64, 128, 2, 2, "two warps a row, 2 packs a thread in registers"},
-    // 6 packs serve 768 float32 columns without an idle lane; 8 are 32 elements, the most a thread keeps.
-    {"warp", 32, 6, 128, 192, 8, 4, "a warp a row, 6 packs a thread in registers"},
-    {"warp", 32, 8, 128, 256, 8, 4, "a warp a row, 8 packs a thread in registers"},
+    // The same of more float32 elements; 3 packs serve 768 columns without an idle lane.
+    {"block", 64, 3, 64, 192, 4, 4, "two warps a row, 3 packs a thread in registers"},
+    {"block", 64, 4, 64, 256, 4, 4, "two warps a row, 4 packs a thread in registers"},
+    {"warp", 32, 6, 128, 192, 8, 8, "a warp a row, 6 packs a thread in registers"},
+    {"warp", 32, 8, 128, 256, 8, 8, "a warp a row, 8 packs a thread in registers"},
     // 16 elements a thread while a row leaves too few packs for 32, which share a row's fixed cost among more.
     {"block", kWholeWarps, 4, 512, 768, 8, 4, "a block a row, 4 packs a thread in registers"},
     // Of a long row weight and bias are twice as much, and come from the L2 cache every time: several blocks take the
@@ -173,7 +175,7 @@ Plan choose(const Tier (&tiers)[K], int64_t cols, DType dtype, const char* name,
 // are then written while others are read.
 constexpr int forward_threads(int group, int vecs, int pack) {
   const int registers = vecs * (pack + 4) + (group < 32);
-  return registers > 56 ? 384 : registers > 48 ? 512 : registers > 36 ? 640 : registers > 20 ? 768 : 1024;
+  return registers > 48 ? 512 : registers > 36 ? 640 : registers > 20 ? 768 : 1024;
 }
 
 // aligned: every row of every array begins at a multiple of 16 bytes.
