@@ -419,8 +419,8 @@ FAULTS = {
     ),
     "the row after the last is loaded": (
         "backward.cuh",
-        "if (kAhead && row + stride < p.rows) in",
-        "if (kAhead && row + (FAULT ? 0 : stride) < p.rows) in",
+        "if (kAhead && row + stride < Row(p.rows)) in",
+        "if (kAhead && row + (FAULT ? 0 : stride) < Row(p.rows)) in",
         "global out of bounds",
     ),
     "reductions do not alternate": ("group.cuh", "turn ^= 1;", "turn ^= !FAULT;", "race"),

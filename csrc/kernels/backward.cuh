@@ -351,21 +351,21 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   Incoming<T, D, VECS> in;
   // The rows of a last, partial round go to as many multiprocessors as there are, those of one warp side by side.
   const int walkers = gridDim.x / cluster.size;
-  const int64_t stride = int64_t(walkers) * group.count();
-  int64_t row =
-      (int64_t(group.index / kTogether<SIZE>) * walkers + walker) * kTogether<SIZE> + group.index % kTogether<SIZE>;
+  using Row = std::conditional_t<CLUSTER, int, int64_t>;  // of so many columns there are no more in any memory
+  const Row stride = Row(walkers) * group.count();
+  Row row = (Row(group.index / kTogether<SIZE>) * walkers + walker) * kTogether<SIZE> + group.index % kTogether<SIZE>;
   if (kAhead && !CLUSTER && p.weight) ask_for_share(p.weight, cols * unsigned(sizeof(T)));
-  if (kAhead && row < p.rows) in.template load<norm>(args, row, begin, extent, group);
+  if (kAhead && row < Row(p.rows)) in.template load<norm>(args, row, begin, extent, group);
   // <WHOLE> would hold too, but orders the kernel's instructions worse.
   weight.template load<false>(extent, group);
   if (CLUSTER && !team) cluster.arrive(), cluster.wait();  // no block writes to another before that has begun
   Board board{team ? args.board + walker * (kBackwardBoard / 8) : nullptr, int(kBackwardBoard / 16)};
-  for (int turn = 0; row < p.rows; row += stride, turn ^= 1) {
+  for (int turn = 0; row < Row(p.rows); row += stride, turn ^= 1) {
     if (!kAhead) in.template load<norm>(args, row, begin, extent, group);
     BackwardPart<T, D, norm, VECS> part;
     A sums[2] = {0, 0}, again[2] = {0, 0};
     part.read(in, extent, group);
-    if (kAhead && row + stride < p.rows) in.template load<norm>(args, row + stride, begin, extent, group);
+    if (kAhead && row + stride < Row(p.rows)) in.template load<norm>(args, row + stride, begin, extent, group);
     part.template take<true>(weight, grads, sums, extent, group);
     if (p.grad_input) {
       if (!kAhead) forget(group.rank);
