@@ -391,6 +391,7 @@ __global__ void __launch_bounds__(512, 1) forward_slices(const ForwardArgs args)
     A shift, rstd;
     merge_slices(static_cast<const SliceMoments<A>*>(p.workspace) + row * args.slices, args, shift, rstd, group);
     if (group.rank == 0 && blockIdx.x == 0) save_stats<norm>(p, row, shift, rstd);
+    if (!WHOLE) forget(group.rank);  // rows that begin anywhere are short of registers
     finish_row(x, shift, rstd, args, row, slice.begin, group);
   }
 }
