@@ -15,15 +15,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def test_every_row_has_a_plan_that_holds_it(direction, dtype):
     pack = 16 // dtype.itemsize
     for cols in [1, 2, 3, 8, 31, 64, 129, 768, 1000, 1024, 4096, 5120, 8192, 8193, 16384, 50257, 262144, 1 << 26]:
-        plan = lnc.launch_plan(1000, cols, dtype, direction=direction)
-        capacity = plan.threads_per_row * plan.packs_per_thread * pack * plan.slices
-        assert capacity >= cols
-        assert plan.threads <= 512 and plan.threads % plan.threads_per_row == 0
-        plan = lnc.launch_plan(1000, cols, dtype, direction=direction, arch="sm_80")
-        blocks = plan.blocks_per_row if plan.slices == 1 else plan.slices
-        assert blocks * plan.threads_per_row * plan.packs_per_thread * pack >= cols
-        assert plan.rows_per_block * plan.threads_per_row <= plan.threads
-        assert plan.reason
+        for arch in ("sm_80", "sm_90"):
+            plan = lnc.launch_plan(1000, cols, dtype, direction=direction, arch=arch)
+            parts = plan.blocks_per_row if plan.tier == "team" and plan.slices == 1 else plan.slices
+            capacity = plan.threads_per_row * plan.packs_per_thread * pack * parts
+            assert capacity >= cols
+            assert plan.threads <= 512 and plan.threads % plan.threads_per_row == 0
+            assert plan.rows_per_block * plan.threads_per_row <= plan.threads
+            assert plan.reason
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import compiled
@@ -212,10 +212,18 @@ def test_forward_reads_and_writes_once(dtype, cols, options):
 
 @pytest.mark.parametrize("options", ["", "--residual", "--misalign 1"])
 @pytest.mark.parametrize(
-    "tier, dtype, cols", [("staged", "f32", 16384), ("staged", "f16", 20000), ("cluster", "bf16", 70000)]
+    "tier, dtype, cols, multiprocessors",
+    [
+        ("staged", "f32", 16384, MULTIPROCESSORS),
+        ("staged", "f16", 20000, MULTIPROCESSORS),
+        ("cluster", "bf16", 70000, MULTIPROCESSORS),
+        ("team", "f32", 16384, 2),  # one team for both rows
+        ("team", "f16", 16384, 2),
+    ],
 )
-def test_long_rows_are_read_once(tier, dtype, cols, options):
+def test_long_rows_are_read_once(tier, dtype, cols, multiprocessors, options):
     case = Case(2, cols, dtype, options=f"--tier {tier} {options}", arch=arch_with(tier))
+    case = replace(case, multiprocessors=multiprocessors)
     (launch,) = case.run()
     assert_read(case, launch, "input", pivots=True)
     assert_written(case, launch, "output")
