@@ -275,7 +275,9 @@ def test_partials_are_two_percent_at_most(dtype, multiprocessors):
     assert written <= 0.02 * 3 * 8192 * 4096 * SIZE[dtype]
 
 
-@pytest.mark.parametrize("dtype, options", [("f32", ""), ("bf16", "--param-dtype f32"), ("f64", "--norm rms --no-bias")])
+@pytest.mark.parametrize(
+    "dtype, options", [("f32", ""), ("bf16", "--param-dtype f32"), ("f64", "--norm rms --no-bias")]
+)
 @pytest.mark.parametrize("multiprocessors", [4, 12, 70])
 def test_folds_of_few_and_many_partials(dtype, options, multiprocessors):
     """One warp has all of up to 8, eight warps have up to 64 on their way at once."""
