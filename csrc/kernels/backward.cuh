@@ -128,57 +128,69 @@ struct ParamGrads {
 
   // Adds up what the groups of a block have: those that share a warp, whose lanes hold the same columns at the same
   // place in their groups, then the upper half of the warps' or groups' parts to the lower, through shared memory, and
-  // at last all that is left, every thread of the block a share of it: write(is_bias, i, values) for pack i of a row.
+  // at last all that is left, every thread of the block a share of it: write(is_bias, column, value), whole lines a
+  // warp.
   template <int SIZE, class G, class F>
   __device__ void fold(A* shared, const G& group, F write) {
 #pragma unroll
     for (int offset = SIZE; kWithinWarp<SIZE> && offset < 32; offset *= 2)
-      each_pack([&](int, A(&values)[kPack<A>]) {
+      each_pack([&](int, A(&values)[M]) {
 #pragma unroll
-        for (int k = 0; k < kPack<A>; ++k) values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
+        for (int k = 0; k < M; ++k) values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
       });
     const int part = group.index / kTogether<SIZE>, parts = group.count() / kTogether<SIZE>, half = (parts + 1) / 2;
     const bool first = group.index % kTogether<SIZE> == 0;
-    Raw<A>* const packs = reinterpret_cast<Raw<A>*>(shared);
-    Raw<A>* const there = packs + (part % half) * kPacks * group.size + group.rank;
-    if (first && part >= half && part < parts)
-      each_pack([&](int i, A(&values)[kPack<A>]) { there[i * group.size] = pack<A>(values); });
+    const int part_packs = kPacks * group.size;
+    // In the order of the columns, but that threads with two packs side by side do not meet in the same banks.
+    constexpr int kTurn = kEach == 2 && (SIZE == kWarps || SIZE >= 8);
+    Raw<A>* const packs = reinterpret_cast<Raw<A>*>(shared) + part % half * part_packs + group.rank * kEach;
+    const int turn = group.rank / 4 & kTurn;
+    auto place = [&](int i) -> Raw<A>& { return packs[i / kEach * kEach * group.size + (i % kEach ^ turn)]; };
+    if (first && part >= half && part < parts) each_pack([&](int i, A(&values)[M]) { place(i) = pack<A>(values); });
     __syncthreads();
     if (first && part < half) {
-      each_pack([&](int i, A(&values)[kPack<A>]) {
-        if (part < parts - half) add(values, there[i * group.size]);
-        there[i * group.size] = pack<A>(values);
+      each_pack([&](int i, A(&values)[M]) {
+        if (part < parts - half) add(values, place(i));
+        place(i) = pack<A>(values);
       });
     }
     __syncthreads();
-    // In the order in which they lie in memory, so that a warp writes whole lines.
-    constexpr int kHalf = kPacks / 2,
-                  kEach = kHalf / VECS;  // packs of one gradient; of one of a thread's packs of a row
-    const int threads = group.count() * group.size, all = kHalf * group.size;
-    for (int o = group.index * group.size + group.rank; o < 2 * all; o += threads) {
-      const bool is_bias = o >= all;
-      const int i = is_bias ? o - all : o, v = i / kEach / group.size, rank = i / kEach - v * group.size;
-      const Raw<A>* from = packs + ((is_bias ? kHalf : 0) + v * kEach + i % kEach) * group.size + rank;
-      A values[kPack<A>];
-      unpack<A>(*from, values);
-      for (int k = 1; k < half; ++k) add(values, from[k * kPacks * group.size]);
-      write(is_bias, i, values);
+    // A warp takes as many packs at a time as it has threads, and of each thread's share a column in every 32, so that
+    // it writes whole lines.
+    constexpr bool kFull = SIZE == kWarps || SIZE * kPacks % 32 == 0;
+    const int threads = group.count() * group.size, columns = part_packs * M / 2;
+    for (int o = group.index * group.size + group.rank; (o & ~31) < part_packs; o += threads) {
+      const int pack = (o & ~31) + (o & 31) / M, column = (o & ~31) * M + (o & 31);
+      A total[M] = {};
+      for (int k = 0; k < half; ++k)
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+          if (kFull || column + m * 32 < 2 * columns)
+            total[m] += shared[(k * part_packs + m * (32 / M) + (pack ^ (m & kTurn))) * M + o % M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const int c = column + m * 32;
+        if (c < columns)
+          write(false, c, total[m]);
+        else if (kFull || c < 2 * columns)
+          write(true, c - columns, total[m]);
+      }
     }
   }
 
  private:
-  static constexpr int kPacks = 2 * VECS * N / kPack<A>;
+  // Packs as they are added up: of one of a thread's packs of a row, of all that it has.
+  static constexpr int M = kPack<A>, kEach = N / M, kPacks = 2 * VECS * kEach;
 
-  __device__ static void add(A (&values)[kPack<A>], const Raw<A>& more) {
-    A other[kPack<A>];
+  __device__ static void add(A (&values)[M], const Raw<A>& more) {
+    A other[M];
     unpack<A>(more, other);
 #pragma unroll
-    for (int k = 0; k < kPack<A>; ++k) values[k] += other[k];
+    for (int k = 0; k < M; ++k) values[k] += other[k];
   }
 
   template <class F>
   __device__ void each_pack(F f) {
-    constexpr int M = kPack<A>;
 #pragma unroll
     for (int i = 0; i < kPacks / 2; ++i) {
       f(i, reinterpret_cast<A(&)[M]>(weight[i * M / N][i * M % N]));
@@ -387,10 +399,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows(const Backw
   }
   if (!args.param_grads) return;
   if (CLUSTER || group.count() == 1) return write_partials(grads, args, walker, begin, cols, group);
-  grads.template fold<SIZE>(shared, group, [&](bool is_bias, int i, const A(&values)[kPack<A>]) {
-    if (!(is_bias ? p.grad_bias : p.grad_weight)) return;
+  grads.template fold<SIZE>(shared, group, [&](bool is_bias, int column, A value) {
     A* out = static_cast<A*>(args.partials) + (is_bias ? args.row_blocks + walker : walker) * p.cols;
-    store_wide<A>(out, values, i, cols, cols % kPack<A> == 0);
+    if (column < cols && (is_bias ? p.grad_bias : p.grad_weight)) out[column] = value;
   });
 }
 
