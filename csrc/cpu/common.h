@@ -78,7 +78,10 @@ struct ForwardPlan {
     // Rows that come from memory need their place in the cache for both inputs.
     const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (plan.past ? arrays : 1);
     plan.group = clamp((8 << 10) / row_bytes, 1, kMaxGroup);
-    plan.given = p.weight ? p.param_dtype == p.dtype : !p.bias;
+    // bfloat16 parameters are widened once for all rows where these are many and what becomes of them stays in the
+    // cache.
+    const bool widens = p.dtype == DType::bf16 && p.bias && elements >= 1 << 18 && p.cols <= 2048;
+    plan.given = p.weight ? p.param_dtype == p.dtype && !widens : !p.bias;
     const bool as_is = plan.given || (p.weight && p.bias && reads_parameters(p));
     plan.parameters_bytes = as_is ? 0 : 2 * padded(p.cols) * size_of(accumulate_type(p.dtype));
     plan.workspace = plan.parameters_bytes + (plan.split_columns ? p.rows * plan.chunks * int64_t{sizeof(Moments)} : 0);

@@ -335,7 +335,7 @@ class Forward {
         body([&](int64_t i) LNC_LAMBDA { return Again{source(first + i, kept + i * stride), set<V>(terms[i].pivot)}; });
     };
     int64_t r = 0;
-    if constexpr (kConverts && std::is_same_v<Weights, Elements<V, T>>)
+    if constexpr (kConverts && !std::is_same_v<Weights, Constant<V, 1>>)
       for (; !far && r + 2 <= rows; r += 2)
         with_values(r, 2, [&](const auto& values) LNC_LAMBDA {
           normalise_two(first + r, terms + r, values(r), values(r + 1), weights, biases);
@@ -346,7 +346,7 @@ class Forward {
       });
   }
 
-  // Two rows, which share the conversion of 16-bit parameters. From far away, rows are better fetched one by one.
+  // Two rows of 16-bit data, which share the parameters. From far away, rows are better fetched one by one.
   template <class Values, class Weights, class Biases>
   LNC_NOINLINE void normalise_two(int64_t first, const Terms* terms, const Values& values0, const Values& values1,
                                   const Weights& weights, const Biases& biases) const {
