@@ -54,6 +54,10 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:  # before minutes of measuring, not after
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {arguments.output}: {error.strerror}")
     return arguments
 
 

@@ -198,7 +198,6 @@ def _commit() -> str | None:
 
 def save(cells: list[Cell], machine: dict, folder: Path) -> list[Path]:
     """Writes <machine>-<date>: .csv what was measured, .json on what, .png the picture; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", machine["machine"].lower()).strip("-")
     stem = folder / f"{slug}-{machine['date'][:10]}"
     table, record, image = (stem.with_name(f"{stem.name}.{kind}") for kind in ("csv", "json", "png"))
