@@ -170,6 +170,19 @@ def rows_do_not_see_each_other():
 
 
 @check
+def parameters_of_many_rows():
+    """Weight and bias that are widened once for all rows give each the bits that they give read as they are."""
+    for rows, cols in ((345, 765), (129, 2048)):
+        x, r = torch.randn(2, rows, cols).to(BF16)
+        w, b = torch.randn(2, cols).to(BF16)
+        many = layer_norm(x, w, b), *lnc.add_layer_norm(x, r, (cols,), w, b)
+        for part in (slice(0, 3), slice(rows - 3, rows)):
+            few = layer_norm(x[part], w, b), *lnc.add_layer_norm(x[part], r[part], (cols,), w, b)
+            for got, want in zip(many, few, strict=True):
+                assert got[part].equal(want)
+
+
+@check
 def outputs_larger_than_the_cache():
     """What is written past the caches has the bits of rows of their own, and so has their sum."""
     for dtype, cols in ((F32, 1024), (BF16, 1024), (F16, 768), (F32, 8192), (F64, 512)):

@@ -155,8 +155,7 @@ struct ParamGrads {
       });
     }
     __syncthreads();
-    // A warp takes as many packs at a time as it has threads, and of each thread's share a column in every 32, so that
-    // it writes whole lines.
+    // A warp takes as many packs at a time as it has lanes, a lane every 32nd of their columns: it writes whole lines.
     constexpr bool kFull = SIZE == kWarps || SIZE * kPacks % 32 == 0;
     const int threads = group.count() * group.size, columns = part_packs * M / 2;
     for (int o = group.index * group.size + group.rank; (o & ~31) < part_packs; o += threads) {
