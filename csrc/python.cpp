@@ -4,7 +4,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -22,39 +21,6 @@
 namespace py = pybind11;
 
 namespace lnc {
-
-// normalized_shape as PyTorch's own functions take it: a tuple or list of whatever is an index, but no bool; symbolic
-// while a compiler traces.
-struct Shape {
-  c10::SmallVector<c10::SymInt, 4> sizes;
-};
-
-}  // namespace lnc
-
-template <>
-struct pybind11::detail::type_caster<lnc::Shape> {
-  PYBIND11_TYPE_CASTER(lnc::Shape, const_name("tuple[int, ...]"));
-
-  bool load(handle source, bool) {
-    if (!PyTuple_Check(source.ptr()) && !PyList_Check(source.ptr())) return false;
-    for (handle item : reinterpret_borrow<sequence>(source)) {
-      if (PyBool_Check(item.ptr())) return false;
-      if (!PyLong_CheckExact(item.ptr()) && torch::is_symint(item)) {
-        value.sizes.push_back(item.cast<c10::SymInt>());
-        continue;
-      }
-      auto size = PyNumber_AsSsize_t(item.ptr(), PyExc_OverflowError);
-      if (size == -1 && PyErr_Occurred()) {
-        PyErr_Clear();
-        return false;
-      }
-      value.sizes.push_back(c10::SymInt(size));
-    }
-    return true;
-  }
-};
-
-namespace lnc {
 namespace {
 
 using at::ScalarType;
@@ -68,11 +34,79 @@ constexpr bool kWithCuda = true;
 constexpr bool kWithCuda = false;
 #endif
 
+// ---- arguments --------------------------------------------------------------------------------------------------
+
+// Without pybind11, whose part of a call is longer than the kernel's on a short row. Each says whether the object is
+// what it should be.
+bool read(PyObject* object, Tensor& to) {
+  if (!THPVariable_Check(object)) return false;
+  to = THPVariable_Unpack(object);
+  return true;
+}
+
+bool read(PyObject* object, OptionalTensor& to) { return object == Py_None || read(object, to.emplace()); }
+
+bool read(PyObject* object, bool& to) {
+  to = object == Py_True;
+  return PyBool_Check(object);
+}
+
+bool read(PyObject* object, double& to) {
+  to = PyFloat_AsDouble(object);
+  if (to != -1 || !PyErr_Occurred()) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool read(PyObject* object, std::optional<ScalarType>& to) {
+  if (object == Py_None) return true;
+  if (!THPDtype_Check(object)) return false;
+  to = reinterpret_cast<THPDtype*>(object)->scalar_type;
+  return true;
+}
+
+// normalized_shape as PyTorch's own functions take it: a tuple or list of whatever is an index, but no bool; symbolic
+// while a compiler traces.
+using Shape = c10::SmallVector<c10::SymInt, 4>;
+
+bool read(PyObject* object, c10::SymInt& to) {
+  if (PyBool_Check(object)) return false;
+  if (!PyLong_CheckExact(object) && torch::is_symint(object)) {
+    to = py::handle(object).cast<c10::SymInt>();
+    return true;
+  }
+  const Py_ssize_t value = PyNumber_AsSsize_t(object, PyExc_OverflowError);
+  to = c10::SymInt(value);
+  if (value != -1 || !PyErr_Occurred()) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// Calls body(item, i) for the items of a tuple or list until it says no.
+template <class Body>
+bool read_items(PyObject* object, const Body& body) {
+  if (!PyTuple_Check(object) && !PyList_Check(object)) return false;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++)
+    if (!body(PySequence_Fast_GET_ITEM(object, i), i)) return false;
+  return true;
+}
+
+bool read(PyObject* object, Shape& to) {
+  return read_items(object, [&](PyObject* item, Py_ssize_t) { return read(item, to.emplace_back()); });
+}
+
+bool read(PyObject* object, std::array<bool, 3>& to) {
+  return read_items(object, [&](PyObject* item, Py_ssize_t i) { return i < 3 && read(item, to[i]); }) &&
+         PySequence_Fast_GET_SIZE(object) == 3;
+}
+
+// ---- the operators ----------------------------------------------------------------------------------------------
+
 Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
                 const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool save_stats,
-                std::optional<ScalarType> dtype) {
+                const std::optional<ScalarType>& dtype) {
   at::AutoDispatchBelowAutograd below_autograd;
-  c10::SymIntArrayRef shape(normalized_shape.sizes);
+  c10::SymIntArrayRef shape(normalized_shape);
   auto sizes = c10::asIntArrayRefSlowOpt(shape);
   if (sizes && is_plain(input) && is_plain(residual) && is_plain(weight) && is_plain(bias)) {
     RECORD_FUNCTION("layernorm_cuda::norm_forward", recorded(input, residual, *sizes, weight, bias));
@@ -84,13 +118,42 @@ Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape
 
 Outputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
                  const Shape& normalized_shape, const OptionalTensor& weight, const Tensor& stats, bool rms,
-                 std::array<bool, 3> output_mask, std::optional<ScalarType> bias_dtype) {
+                 const std::array<bool, 3>& output_mask, const std::optional<ScalarType>& bias_dtype) {
   at::AutoDispatchBelowAutograd below_autograd;
-  c10::SymIntArrayRef shape(normalized_shape.sizes);
+  c10::SymIntArrayRef shape(normalized_shape);
   if (auto sizes = c10::asIntArrayRefSlowOpt(shape))
     return call_norm_backward(grad_output, grad_sum, input, *sizes, weight, stats, rms, output_mask, bias_dtype);
   static const auto op = find_operator<BackwardFunction>("layernorm_cuda::norm_backward");
   return op.call(grad_output, grad_sum, input, shape, weight, stats, rms, output_mask, bias_dtype);
+}
+
+template <class... Args>
+PyObject* call(const char* name, Outputs (*function)(Args...), PyObject* const* objects, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == sizeof...(Args), name, ": expected ", sizeof...(Args), " arguments, got ", count);
+  std::tuple<std::decay_t<Args>...> values;
+  PyObject* const* object = objects;
+  const bool good = std::apply([&](auto&... value) { return (read(*object++, value) && ...); }, values);
+  TORCH_CHECK_TYPE(good, name, ": argument ", object - objects, " is of the wrong kind, ",
+                   Py_TYPE(object[-1])->tp_name);
+  auto [first, second, third] = [&] {
+    py::gil_scoped_release no_gil;
+    return std::apply(function, values);
+  }();
+  THPObjectPtr tuple(PyTuple_New(3));
+  if (!tuple) return nullptr;
+  PyTuple_SET_ITEM(tuple.get(), 0, THPVariable_Wrap(std::move(first)));
+  PyTuple_SET_ITEM(tuple.get(), 1, THPVariable_Wrap(std::move(second)));
+  PyTuple_SET_ITEM(tuple.get(), 2, THPVariable_Wrap(std::move(third)));
+  return tuple.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* norm_forward_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call("norm_forward", &forward, args, count);
+}
+PyObject* norm_backward_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call("norm_backward", &backward, args, count);
 }
 
 // ---- norm, for plain tensors ------------------------------------------------------------------------------------
@@ -108,15 +171,14 @@ bool is_autocast(const Tensor& t) {
 }
 
 std::optional<c10::SmallVector<int64_t, 4>> plain_sizes(PyObject* object) {
-  if (!PyTuple_Check(object) && !PyList_Check(object)) return std::nullopt;
   c10::SmallVector<int64_t, 4> sizes;
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++) {
-    PyObject* item = PySequence_Fast_GET_ITEM(object, i);
-    if (!PyLong_CheckExact(item)) return std::nullopt;
+  const bool plain = read_items(object, [&](PyObject* item, Py_ssize_t) {
+    if (!PyLong_CheckExact(item)) return false;
     sizes.push_back(PyLong_AsLongLong(item));
     if (sizes.back() == -1 && PyErr_Occurred()) throw python_error();
-  }
-  return sizes;
+    return true;
+  });
+  return plain ? std::optional(sizes) : std::nullopt;
 }
 
 // The number, or for None, which rms_norm knows, the machine epsilon of the type that is computed in. What PyTorch took
@@ -134,7 +196,6 @@ std::optional<double> plain_eps(PyObject* eps, bool rms, const Tensor& input, co
 
 // norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype): the output, with a residual (output, sum),
 // differentiable backwards; None where an argument is not plain, be it right or wrong, and Python has to take over.
-// Without pybind11, whose part of a call is longer than the kernel's on a short row.
 PyObject* norm_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 8, "norm: expected 8 arguments, got ", count);
@@ -142,16 +203,15 @@ PyObject* norm_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (at::impl::torch_function_mode_enabled() || !is_plain_object(args[0]) || !is_plain_or_none(args[1]) ||
       !is_plain_or_none(args[3]) || !is_plain_or_none(args[4]))
     Py_RETURN_NONE;
-  auto optional = [](PyObject* object) {
-    return object == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(object));
-  };
   const Tensor& input = THPVariable_Unpack(args[0]);
-  const OptionalTensor residual = optional(args[1]), weight = optional(args[3]), bias = optional(args[4]);
-  const bool rms = args[6] == Py_True;
+  OptionalTensor residual, weight, bias;
+  bool rms;
+  std::optional<ScalarType> dtype;
+  if (!read(args[1], residual) || !read(args[3], weight) || !read(args[4], bias) || !read(args[6], rms) ||
+      !read(args[7], dtype))
+    Py_RETURN_NONE;
   const auto shape = plain_sizes(args[2]);
   const auto eps = plain_eps(args[5], rms, input, residual);
-  std::optional<ScalarType> dtype;
-  if (args[7] != Py_None) dtype = reinterpret_cast<THPDtype*>(args[7])->scalar_type;
   if (!shape || !eps || (!dtype && is_autocast(input))) Py_RETURN_NONE;
   auto [output, sum] = [&] {
     py::gil_scoped_release no_gil;
@@ -164,8 +224,16 @@ PyObject* norm_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef kNorm[] = {
-    {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&norm_plain)), METH_FASTCALL, nullptr}, {}};
+using Call = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+PyMethodDef method(const char* name, Call* call) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr};
+}
+PyMethodDef kMethods[] = {
+    method("norm", &norm_plain),
+    method("norm_forward", &norm_forward_call),
+    method("norm_backward", &norm_backward_call),
+    {},
+};
 
 #ifndef LAYERNORM_CUDA_TORCH_VERSION
 #define LAYERNORM_CUDA_TORCH_VERSION "unknown"
@@ -217,9 +285,7 @@ py::dict launch_plan(int64_t rows, int64_t cols, const std::string& dtype, bool 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   m.doc() = "layernorm_cuda's compiled operators";
-  if (PyModule_AddFunctions(m.ptr(), lnc::kNorm) < 0) throw py::error_already_set();
-  m.def("norm_forward", torch::wrap_pybind_function_no_gil(lnc::forward));
-  m.def("norm_backward", torch::wrap_pybind_function_no_gil(lnc::backward));
+  if (PyModule_AddFunctions(m.ptr(), lnc::kMethods) < 0) throw py::error_already_set();
   m.def("build_info", lnc::build_info);
   m.def("launch_plan", lnc::launch_plan);
   m.attr("forward_schema") = lnc::kForwardSchema;

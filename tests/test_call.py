@@ -1,5 +1,6 @@
 """The call below Python: which arguments it takes, and that its node in the graph behaves like PyTorch's own."""
 
+import numpy as np
 import pytest
 import torch
 from cases import BACKEND, BF16, F64
@@ -165,3 +166,90 @@ def test_operator_without_derivative_stays_below_python(monkeypatch):
         calls()
     with pytest.raises(TypeError, match="NoneType"):
         calls()
+
+
+# ---- the operators' arguments, which are read without pybind11 ------------------------------------------------------
+
+
+def backward_arguments(**changes):
+    stats = _ops.norm_forward(X, None, (8,), None, None, 1e-5, False, True, None)[2]
+    arguments = dict(
+        grad_output=X + 1,
+        grad_sum=None,
+        input=X,
+        normalized_shape=(8,),
+        weight=W,
+        stats=stats,
+        rms=False,
+        output_mask=[True, True, True],
+        bias_dtype=None,
+    )
+    return arguments | changes
+
+
+def backward(**changes):
+    return _ops.norm_backward(*backward_arguments(**changes).values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(grad_output=(X + 1).as_subclass(Subclass)),
+        dict(weight=torch.nn.Parameter(W)),
+        dict(normalized_shape=[8]),
+        dict(normalized_shape=torch.Size([8])),
+        dict(normalized_shape=(np.int64(8),)),
+        dict(output_mask=(True, True, True)),
+        dict(bias_dtype=torch.float32),
+    ],
+    ids=lambda changes: next(f"{name}={type(value).__name__}" for name, value in changes.items()),
+)
+def test_operator_takes(changes):
+    for got, want in zip(backward(**changes), backward(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_operator_gives_none_for_what_is_not_asked_for():
+    whole = backward()
+    for i in range(3):
+        mask = [i == k for k in range(3)]
+        got = backward(output_mask=mask)
+        assert [t is None for t in got] == [not asked for asked in mask]
+        assert torch.equal(got[i], whole[i])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(grad_output=None),
+        dict(grad_sum=1.0),
+        dict(input=[1.0]),
+        dict(normalized_shape=8),
+        dict(normalized_shape=("8",)),
+        dict(normalized_shape=(True,)),
+        dict(normalized_shape=(2**70,)),
+        dict(weight="weight"),
+        dict(stats=None),
+        dict(rms=0),
+        dict(output_mask=True),
+        dict(output_mask=[True, True]),
+        dict(output_mask=[True] * 4),
+        dict(output_mask=[True, True, 1]),
+        dict(bias_dtype="float32"),
+    ],
+    ids=lambda changes: next(f"{name}={value}" for name, value in changes.items()),
+)
+def test_operator_names_an_argument_of_the_wrong_kind(changes):
+    (name,) = changes
+    position = [*backward_arguments()].index(name) + 1
+    with pytest.raises(TypeError, match=f"norm_backward: argument {position} is of the wrong kind"):
+        backward(**changes)
+
+
+def test_operator_counts_its_arguments():
+    right = [*backward_arguments().values()]
+    for arguments in ([], right[:-1], [*right, None]):
+        with pytest.raises(TypeError, match=f"norm_backward: expected 9 arguments, got {len(arguments)}"):
+            _ops.norm_backward(*arguments)
+    with pytest.raises(TypeError, match="norm_forward: argument 6 is of the wrong kind, str"):
+        _ops.norm_forward(X, None, (8,), W, B, "1e-5", False, False, None)

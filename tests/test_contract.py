@@ -305,7 +305,7 @@ def test_batch_invariance_among_very_many_rows(device):
             assert torch.equal(some, among[part])
 
 
-@pytest.mark.parametrize("shape", [(1, 4096), (33, 100), (1000, 64), (4000, 40), (257, 1025)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096), (33, 100), (1000, 64), (4000, 40), (257, 1025), (19, 2000)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
 def test_gradients_are_repeatable(dtype, shape, device):
     """All of them, bit for bit, from run to run and across thread counts."""

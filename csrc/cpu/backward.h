@@ -63,7 +63,7 @@ class Backward {
  private:
   void run_by_rows(int64_t chunk) const {
     for_blocks(chunk, [&](Block& block) {
-      if (p.grad_input) set_means(block, 0, block.count);
+      if (p.grad_input) set_means(block);
       apply(block, 0, p.cols, gradients(chunk));
     });
   }
@@ -73,10 +73,7 @@ class Backward {
     constexpr int64_t tile = 64;
     auto* parts = reinterpret_cast<Sums*>(static_cast<char*>(p.workspace) + plan.parameters_bytes);
     for_blocks(chunk, [&](Block& block) {
-      if (p.grad_input && plan.chunks == 1) {
-        for_ranges(parallel, block.count, grain_of(p.cols),
-                   [&](int64_t begin, int64_t end) { set_means(block, begin, end); });
-      } else if (p.grad_input) {
+      if (p.grad_input) {
         for_ranges(parallel, block.count * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; i++) parts[i] = sums(block.rows[i / plan.chunks], i % plan.chunks);
         });
@@ -124,17 +121,16 @@ class Backward {
     return r;
   }
 
-  // Of rows [begin, end). Those of one chunk are added up over their lanes all together, or each would wait for its own
-  // chain of additions.
-  void set_means(Block& block, int64_t begin, int64_t end) const {
+  // Rows of one chunk are added up over their lanes all together, or each would wait for its own chain of additions.
+  void set_means(Block& block) const {
     if (plan.chunks > 1) {
-      for (int64_t r = begin; r < end; r++)
+      for (int r = 0; r < block.count; r++)
         set_means(block.rows[r], pairwise(0, plan.chunks, [&](int64_t c) { return sums(block.rows[r], c); }));
       return;
     }
     LaneSums lanes[BackwardPlan::kMaxBlock];
-    for (int64_t r = begin; r < end; r++) lanes[r] = lane_sums(block.rows[r], 0);
-    for (int64_t r = begin; r < end; r++) set_means(block.rows[r], sums(block.rows[r], lanes[r]));
+    for (int r = 0; r < block.count; r++) lanes[r] = lane_sums(block.rows[r], 0);
+    for (int r = 0; r < block.count; r++) set_means(block.rows[r], sums(block.rows[r], lanes[r]));
   }
 
   void set_means(Row& r, const Sums& s) const {
@@ -261,9 +257,9 @@ class Backward {
       if constexpr (Dw) put(weight_sums + j, dw, where);
       if constexpr (Db) put(bias_sums + j, db, where);
     };
+    constexpr int lanes = kLanes<V>, vectors = kLine<T> / lanes;  // of a cache line
     if constexpr (Past) {
       // A row's whole lines: of rows that take turns within one, the processor would write out unfinished ones.
-      constexpr int lanes = kLanes<V>, vectors = kLine<T> / lanes;
       using Stored = decltype(stored(row[0].x, V{}));
       for (int64_t j = begin; j < begin + n; j += kLine<T>) {
         Stored line[R][vectors];
@@ -275,7 +271,7 @@ class Backward {
         });
       }
     } else {
-      sweep<V, 2>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+      sweep<V, clamp(vectors, 2, 4)>(n, [&](int64_t i, auto where, int u) LNC_LAMBDA {
         step(begin + i, where, u, [&](int r, V dx) LNC_LAMBDA { store(row[r].dx + begin + i, dx, where); });
       });
     }

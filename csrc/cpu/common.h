@@ -99,11 +99,11 @@ struct BackwardPlan {
   int64_t block;   // rows
   int64_t rows_a_chunk;
   int64_t row_chunks;
-  bool split_columns;        // too few chunks of rows: threads share rows
+  bool split_columns;        // too few chunks of long rows: threads share rows
   bool past;                 // dx goes to memory past the caches: it would drive x and dy out, and be driven out itself
   bool direct;               // sums are results already
   int64_t parameters_bytes;  // workspace for the weight as the kernels want it,
-  int64_t sums_bytes;        // behind it each chunk's Sums, of rows of several,
+  int64_t sums_bytes;        // behind it each chunk's Sums, of rows that are shared,
   int64_t workspace;         // behind them the weight and bias gradients of each chunk of rows
 
   // Whether lines of so many bytes are asked for ahead of time: not where the block would drive them out first.
@@ -128,10 +128,14 @@ struct BackwardPlan {
     BackwardPlan plan;
     const int64_t scalar = size_of(accumulate_type(p.dtype)), row_bytes = size_of(p.dtype) + size_of(p.output_dtype);
     plan.chunks = ceil_div(p.cols, chunk_columns(accumulate_type(p.dtype)));
-    // 32 rows keep the partial sums' traffic to a few percent, 512 keep rounding errors from growing.
-    plan.rows_a_chunk = clamp(p.rows / 64, 32, 512);
+    // 32 rows keep the partial sums' traffic to a few percent, 512 keep rounding errors from growing. Where few rows
+    // are worth several threads, 8 of them are better than half of each row, whose other half another core has just
+    // read.
+    const int64_t a_grain = kGrain / p.cols, an_eighth = p.rows / 8;
+    const int64_t least = plan.chunks > 1 ? 32 : clamp(a_grain > an_eighth ? a_grain : an_eighth, 8, 32);
+    plan.rows_a_chunk = clamp(p.rows / 64, least, 512);
     plan.row_chunks = ceil_div(p.rows, plan.rows_a_chunk);
-    plan.split_columns = plan.row_chunks < 8;
+    plan.split_columns = plan.chunks > 1 && plan.row_chunks < 8;
     const int64_t cache = plan.split_columns ? 2 << 20 : 16 << 10;
     plan.block = clamp(cache / (p.cols * row_bytes), 2, kMaxBlock) / 2 * 2;
     // The last-level cache has room for blocks of rows that threads share: it pays from more on, there.
@@ -139,7 +143,7 @@ struct BackwardPlan {
     plan.past = bytes >= (plan.split_columns ? 4 * cache_bytes : cache_bytes / 2 * 3) && goes_past_well(p);
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
-    plan.sums_bytes = plan.split_columns && plan.chunks > 1 ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
+    plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;
     // Where the bias's gradient is summed, so is the weight's, and needs a place.
     const bool partials = plan.direct ? p.grad_bias && !p.grad_weight : p.grad_weight || p.grad_bias;
     plan.workspace =

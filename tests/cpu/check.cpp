@@ -290,9 +290,9 @@ int main(int argc, char** argv) {
   constexpr DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16, f64 = DType::f64;
   const DType combinations[][3] = {{f64, f64, f64}, {f32, f32, f32},    {f16, f16, f16},   {f16, f32, f16},
                                    {f16, f32, f32}, {bf16, bf16, bf16}, {bf16, f32, bf16}, {bf16, f32, f32}};
-  const int64_t shapes[][2] = {{1, 1},    {3, 1},    {5, 2},     {7, 3},    {2, 7},     {4, 8},    {3, 15},  {6, 16},
-                               {9, 17},   {3, 31},   {40, 33},   {5, 64},   {2, 100},   {70, 129}, {3, 769}, {2, 4096},
-                               {1, 4097}, {3, 9001}, {13, 5000}, {700, 40}, {300, 520}, {35, 96}};
+  const int64_t shapes[][2] = {{1, 1},    {3, 1},    {5, 2},     {7, 3},    {2, 7},     {4, 8},    {3, 15},   {6, 16},
+                               {9, 17},   {3, 31},   {40, 33},   {5, 64},   {2, 100},   {70, 129}, {3, 769},  {2, 4096},
+                               {1, 4097}, {3, 9001}, {13, 5000}, {700, 40}, {300, 520}, {35, 96},  {17, 2000}};
   const auto run_shapes = [&] {
     for (const auto& [dtype, param_dtype, output_dtype] : combinations)
       for (Norm norm : {Norm::layer, Norm::rms})
