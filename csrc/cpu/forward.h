@@ -15,10 +15,13 @@ class Forward {
   // Deviations from the pivot are kept where they cost more than a second read: float16 takes instructions to convert.
   static constexpr bool kKeeps = std::is_same_v<T, f16> && N == Norm::layer;
 
-  // At a chunk's deviations from a pivot: their mean, and the sum of their squares. Lane by lane: their sum.
-  struct Look {
-    double mean, squares;
+  // At a chunk's deviations from a pivot: their mean, and the sum of their squares; of one row, or of some together.
+  template <class S>
+  struct LookOf {
+    S mean, squares;
   };
+  using Look = LookOf<double>;
+  // Lane by lane: their sum.
   struct LaneLook {
     V sum, squares;
   };
@@ -76,8 +79,10 @@ class Forward {
         looks[r] = zero ? first_look<false>(first + r, 0, 0, kept + r * stride)
                         : first_look<N == Norm::layer>(first + r, 0, pivots[r], kept + r * stride);
       }
-      for (int64_t r = 0; r < rows; r++)
-        set_terms(terms[r], first + r, pivots[r], over_lanes(p.cols, looks[r]), kept + r * stride);
+      int64_t r = 0;
+      for (; r + kTogether <= rows; r += kTogether)
+        set_terms(terms + r, first + r, pivots + r, looks + r, kept + r * stride, Lanes{});
+      for (; r < rows; r++) set_terms(terms[r], first + r, pivots[r], looks[r], kept + r * stride);
       with_parameters(0, [&](const auto& weights, const auto& biases)
                              LNC_LAMBDA { normalise_group(first, rows, terms, kept, weights, biases); });
     }
@@ -207,12 +212,28 @@ class Forward {
 
   // Of a row of one chunk, after a first look. In place: returned, they would be copied in pieces wider than those they
   // were written in, and wait for the stores.
-  LNC_INLINE void set_terms(Terms& t, int64_t row, A pivot, const Look& first, A* kept) const {
+  LNC_INLINE void set_terms(Terms& t, int64_t row, A pivot, const LaneLook& lanes, A* kept) const {
+    const Look first = over_lanes(p.cols, lanes);
     if (LNC_UNLIKELY(!is_near(p.cols, first))) {
       t = terms_of_far(row, pivot, first, kept);
     } else {
       t = scaled(pivot, moments(p.cols, first), 1);
       save(row, t);
+    }
+  }
+
+  // Of rows that lie side by side, the same.
+  using Lanes = std::make_integer_sequence<int, kTogether>;
+  template <int... i>
+  LNC_INLINE void set_terms(Terms* t, int64_t row, const A* pivots, const LaneLook* lanes, A* kept,
+                            std::integer_sequence<int, i...>) const {
+    const LookOf<Together> first = over_lanes<Together>(p.cols, lanes[i]...);
+    if (LNC_UNLIKELY(!all(is_near(p.cols, first)))) {
+      (set_terms(t[i], row + i, pivots[i], lanes[i], kept + i * padded(p.cols)), ...);
+    } else {
+      const Together rstd = rstd_of(squares_about_mean(p.cols, first), 1), offset = -first.mean * rstd;
+      ((t[i] = {pivots[i], static_cast<A>(lane(rstd, i)), static_cast<A>(lane(offset, i)), lane(first.mean, i)}), ...);
+      (save(row + i, t[i]), ...);
     }
   }
 
@@ -241,20 +262,28 @@ class Forward {
     }
     return {sums.folded(), squares.folded()};
   }
-  static LNC_INLINE Look over_lanes(int64_t n, const LaneLook& l) {
-    return {N == Norm::layer ? sum(l.sum) / static_cast<double>(n) : 0, sum(l.squares)};
+  template <class S = double, class... Looks>
+  static LNC_INLINE LookOf<S> over_lanes(int64_t n, const Looks&... l) {
+    return {N == Norm::layer ? S{sum(l.sum)...} / static_cast<double>(n) : S{}, S{sum(l.squares)...}};
   }
 
   // Whether the pivot was so near to the mean that squared deviations from one give those from the other: half of them
   // are left, or of 16-bit data, which have digits to spare, a fifth. And no square may have left the range of A.
   static constexpr double kLeft = kConverts ? 1.25 : 2, kMostSquares = 1e38;
-  static LNC_INLINE bool is_near(int64_t n, const Look& l) {
-    return l.squares > 1e-20 && l.squares < kMostSquares &&
-           (N == Norm::rms || l.squares >= kLeft * static_cast<double>(n) * l.mean * l.mean);
+  template <class S>
+  static LNC_INLINE auto is_near(int64_t n, const LookOf<S>& l) {
+    const auto in_range = (l.squares > 1e-20) & (l.squares < kMostSquares);
+    if constexpr (N == Norm::rms)
+      return in_range;
+    else
+      return in_range & (l.squares >= kLeft * static_cast<double>(n) * l.mean * l.mean);
+  }
+  template <class S>
+  static LNC_INLINE S squares_about_mean(int64_t n, const LookOf<S>& l) {
+    return l.squares - static_cast<double>(n) * l.mean * l.mean;
   }
   static LNC_INLINE Moments moments(int64_t n, const Look& l) {
-    const double count = static_cast<double>(n);
-    return {count, l.mean, l.squares - count * l.mean * l.mean};
+    return {static_cast<double>(n), l.mean, squares_about_mean(n, l)};
   }
 
   // At the squared deviations from the mean.
@@ -283,10 +312,14 @@ class Forward {
     stats[N == Norm::layer ? p.rows + row : row] = t.rstd;
   }
 
+  template <class S>
+  LNC_INLINE S rstd_of(S squares, double scale) const {
+    const S variance = squares * inverse_count + p.eps * scale * scale;
+    return variance == 0 ? S{} : scale / root(variance);
+  }
+
   LNC_INLINE Terms scaled(A pivot, const Moments& m, double scale) const {
-    const double variance = m.squares * inverse_count + p.eps * scale * scale;
-    const double rstd = variance == 0 ? 0 : scale / root(variance);
-    const double mean = m.mean / scale;
+    const double rstd = rstd_of(m.squares, scale), mean = m.mean / scale;
     return {pivot, static_cast<A>(rstd), static_cast<A>(-mean * rstd), mean};
   }
 

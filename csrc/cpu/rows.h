@@ -59,14 +59,6 @@ LNC_INLINE Moments merge(const Moments& a, const Moments& b) {
 
 LNC_INLINE Sums merge(const Sums& a, const Sums& b) { return {a.g + b.g, a.g_xhat + b.g_xhat}; }
 
-LNC_INLINE double root(double v) {
-#ifdef __GNUC__
-  return __builtin_sqrt(v);
-#else
-  return sqrt(v);
-#endif
-}
-
 // Merges leaf(begin) ... leaf(end - 1) in a tree whose shape is fixed by their number.
 template <class Leaf>
 auto pairwise(int64_t begin, int64_t end, const Leaf& leaf) -> decltype(leaf(begin)) {

@@ -228,6 +228,29 @@ LNC_INLINE Half narrow(f16, F v) {
 }
 #endif
 
+LNC_INLINE double root(double v) {
+#ifdef __GNUC__
+  return __builtin_sqrt(v);
+#else
+  return sqrt(v);
+#endif
+}
+LNC_INLINE bool all(bool condition) { return condition; }
+LNC_INLINE double lane(double v, int) { return v; }
+
+// Numbers of some rows: a core takes as long for one square root or division as for several.
+#if LNC_VECTOR_BYTES >= 32
+constexpr int kTogether = 4;
+typedef double Together __attribute__((vector_size(kTogether * sizeof(double))));
+typedef int64_t Conditions __attribute__((vector_size(kTogether * sizeof(int64_t))));
+LNC_INLINE Together root(Together v) { return (Together)_mm256_sqrt_pd((__m256d)v); }
+LNC_INLINE bool all(Conditions c) { return _mm256_movemask_pd((__m256d)c) == 15; }
+LNC_INLINE double lane(Together v, int i) { return v[i]; }
+#else
+constexpr int kTogether = 1;
+using Together = double;
+#endif
+
 LNC_INLINE Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
 LNC_INLINE Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
 LNC_INLINE Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
@@ -433,12 +456,24 @@ LNC_INLINE float first_of(const f16* p) {
 // Whether not all of eight elements have one sign.
 template <class T>
 LNC_INLINE bool has_both_signs(const T* p) {
+#if LNC_VECTOR_BYTES >= 32
+  constexpr int all = sizeof(T) == 2 ? 0xaaaa : 0xff;
+  int signs;
+  if constexpr (sizeof(T) == 2)
+    signs = _mm_movemask_epi8(read<__m128i>(p)) & all;
+  else if constexpr (sizeof(T) == 4)
+    signs = _mm256_movemask_ps(read<__m256>(p));
+  else
+    signs = _mm256_movemask_pd(read<__m256d>(p)) | _mm256_movemask_pd(read<__m256d>(p + 4)) << 4;
+  return signs != 0 && signs != all;
+#else
   constexpr int size = sizeof(T), words = size;
   constexpr uint64_t signs = size == 2 ? 0x8000800080008000 : size == 4 ? 0x8000000080000000 : 0x8000000000000000;
   uint64_t word[words], any = 0, all = signs;
   memcpy(word, p, sizeof word);
   for (int i = 0; i < words; i++) any |= word[i], all &= word[i];
   return (any & signs) != 0 && all != signs;
+#endif
 }
 
 // Into the second-level cache: the first holds what is being worked on. p[i] need not exist.
