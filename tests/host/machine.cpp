@@ -43,6 +43,8 @@ lnc_switch:
 
 #ifdef __SANITIZE_ADDRESS__
 extern "C" void __asan_unpoison_memory_region(const volatile void*, size_t);
+#else
+#define __asan_unpoison_memory_region(p, bytes) static_cast<void>(0)
 #endif
 
 namespace lnc::host {
@@ -247,9 +249,7 @@ void fiber_main() {
 void prepare_thread(Thread& t, uint32_t i) {
   // Tops of stacks a page apart share a cache set: move each by a few lines.
   char* low = stacks + i * stack_bytes;
-#ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(low, stack_bytes);  // frames that the thread before never returned from
-#endif
   t.stack = reinterpret_cast<uintptr_t>(low);
   *reinterpret_cast<uint64_t*>(low) = canary;
   auto* top = reinterpret_cast<void**>(low + stack_bytes - 256 - (i % 31) * 128);
@@ -299,7 +299,10 @@ void run_cluster(uint32_t first_block) {
 
 bool reserve_stacks(size_t count) {
   if (count > stack_count) {
-    if (stacks) munmap(stacks, stack_count * stack_bytes);
+    if (stacks) {
+      __asan_unpoison_memory_region(stacks, stack_count * stack_bytes);  // whoever maps them next knows of no frames
+      munmap(stacks, stack_count * stack_bytes);
+    }
     void* p =
         mmap(nullptr, count * stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     stacks = p == MAP_FAILED ? nullptr : static_cast<char*>(p);
