@@ -4,7 +4,6 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
@@ -14,6 +13,7 @@
 #include "cpu/cpu.h"
 #include "kernels/params.h"
 #include "memory.h"
+#include "parallel.h"
 #ifdef LAYERNORM_CUDA_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -30,10 +30,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // ---- backends -------------------------------------------------------------------------------------------------
-
-void parallel_for(int64_t count, int64_t grain, cpu::Task task, void* context) {
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { task(context, begin, end); });
-}
 
 void* data(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 

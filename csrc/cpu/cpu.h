@@ -7,7 +7,7 @@
 namespace lnc::cpu {
 
 // Calls task(context, begin, end) over disjoint ranges covering [0, count), possibly from several threads at
-// once; a range is never smaller than grain but for the last. Results must not depend on how it divides.
+// once, none of which is woken for less than grain. Results must not depend on how it divides.
 using Task = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Task task, void* context);
 
