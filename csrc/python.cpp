@@ -102,6 +102,15 @@ bool read(PyObject* object, std::array<bool, 3>& to) {
 
 // ---- the operators ----------------------------------------------------------------------------------------------
 
+// Other threads run Python meanwhile, but not where handing the interpreter over takes as long as the kernel.
+template <class Function>
+auto without_gil(const Tensor& input, const Function& function) {
+  const bool is_short = is_plain(input) && input.is_cpu() && input.numel() <= 1 << 14;
+  std::optional<py::gil_scoped_release> no_gil;
+  if (!is_short) no_gil.emplace();
+  return function();
+}
+
 Outputs forward(const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
                 const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool save_stats,
                 const std::optional<ScalarType>& dtype) {
@@ -136,10 +145,7 @@ PyObject* call(const char* name, Outputs (*function)(Args...), PyObject* const* 
   const bool good = std::apply([&](auto&... value) { return (read(*object++, value) && ...); }, values);
   TORCH_CHECK_TYPE(good, name, ": argument ", object - objects, " is of the wrong kind, ",
                    Py_TYPE(object[-1])->tp_name);
-  auto [first, second, third] = [&] {
-    py::gil_scoped_release no_gil;
-    return std::apply(function, values);
-  }();
+  auto [first, second, third] = without_gil(std::get<0>(values), [&] { return std::apply(function, values); });
   THPObjectPtr tuple(PyTuple_New(3));
   if (!tuple) return nullptr;
   PyTuple_SET_ITEM(tuple.get(), 0, THPVariable_Wrap(std::move(first)));
@@ -213,10 +219,8 @@ PyObject* norm_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto shape = plain_sizes(args[2]);
   const auto eps = plain_eps(args[5], rms, input, residual);
   if (!shape || !eps || (!dtype && is_autocast(input))) Py_RETURN_NONE;
-  auto [output, sum] = [&] {
-    py::gil_scoped_release no_gil;
-    return norm(input, residual, *shape, weight, bias, *eps, rms, dtype);
-  }();
+  auto [output, sum] =
+      without_gil(input, [&] { return norm(input, residual, *shape, weight, bias, *eps, rms, dtype); });
   THPObjectPtr first(THPVariable_Wrap(std::move(output)));
   if (!sum.defined()) return first.release();
   THPObjectPtr second(THPVariable_Wrap(std::move(sum)));
