@@ -62,6 +62,7 @@ struct ForwardPlan {
   bool split_columns;        // few long rows: threads share a row
   int64_t group;             // rows whose statistics are taken before the first is normalised
   bool past;                 // outputs go to memory past the caches: none would still be there when they are read
+  bool past_sum;             // and so does the sum, from a little more on: it is read once again
   bool given;                // weight and bias are of the input's dtype, or not there: read as they are
   int64_t parameters_bytes;  // otherwise, workspace for them as the kernels want them,
   int64_t workspace;         // and behind them each chunk's Moments
@@ -75,6 +76,7 @@ struct ForwardPlan {
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
     plan.past = bytes >= cache_bytes && misaligned % 64 == 0;
+    plan.past_sum = plan.past && p.residual && plan.chunks == 1 && bytes >= cache_bytes / 4 * 5;
     // Rows that come from memory need their place in the cache for both inputs.
     const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (plan.past ? arrays : 1);
     plan.group = clamp((8 << 10) / row_bytes, 1, kMaxGroup);

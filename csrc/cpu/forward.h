@@ -35,7 +35,6 @@ class Forward {
   const ParallelFor parallel;
   const ForwardPlan plan = ForwardPlan::of(p);
   const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
-  const bool past_sum = plan.past && p.residual && plan.chunks == 1;
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = plan.given ? nullptr : parameter<T>(p, parallel, p.weight, 1, p.workspace);
   const A* const bias =
@@ -124,7 +123,7 @@ class Forward {
   const T* source(int64_t row) const { return p.residual ? sum_row(row) : input(row); }
   // Of a row whose sum has gone past the caches there is a copy.
   const T* source(int64_t row, const A* kept) const {
-    return past_sum ? reinterpret_cast<const T*>(kept) : source(row);
+    return plan.past_sum ? reinterpret_cast<const T*>(kept) : source(row);
   }
 
   A pivot(int64_t row) const {
@@ -174,7 +173,7 @@ class Forward {
       const T* const r = residual(row) + start;
       T* const to = sum_row(row) + start;
       T* const copy = reinterpret_cast<T*>(kept);
-      const bool past = past_sum;
+      const bool past = plan.past_sum;
       return look(n, [=](int64_t i, auto where) LNC_LAMBDA {
         const auto sum = rounded<Quick, T>(load<V>(x + i, where) + load<V>(r + i, where));
         if (LNC_UNLIKELY(past)) {
