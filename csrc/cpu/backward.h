@@ -164,9 +164,9 @@ class Backward {
     const O* dy = row.dy + start;
     const A* w = weight + start;
     const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
-    // Time to have the lines of dx there when they are written. It pays from twice the size on from which x and dy are
-    // fetched.
-    const bool fetches = plan.fetches(bytes / 2) && !plan.past;
+    // Time to have the lines of dx there when they are written. For rows of a page and more, with which the processor
+    // keeps up by itself, it pays from twice the size on from which x and dy are fetched.
+    const bool fetches = plan.fetches(p.cols * int64_t{sizeof(T)} < 4096 ? bytes : bytes / 2) && !plan.past;
     const T* const dx = row.dx + start;
     Accumulators<V> g_sums, g_xhat_sums;
     sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
