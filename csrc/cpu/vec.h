@@ -100,6 +100,73 @@ LNC_INLINE void write(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 
+// Its words from 16 - n on are n ones and then zeros.
+constexpr int32_t kMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
+// The first n elements of a vector, fewer than it has, from and to memory; of the others, zero is read.
+#if LNC_VECTOR_BYTES == 64
+template <class V, class S>
+LNC_INLINE V read_part(const S* p, int n) {
+  const uint64_t bytes = (uint64_t{1} << n * sizeof(S)) - 1;
+  if constexpr (sizeof(V) == 64)
+    return as<V>(_mm512_maskz_loadu_epi8(bytes, p));
+  else
+    return as<V>(_mm256_maskz_loadu_epi8(static_cast<uint32_t>(bytes), p));
+}
+template <class S, class V>
+LNC_INLINE void write_part(S* p, V v, int n) {
+  const uint64_t bytes = (uint64_t{1} << n * sizeof(S)) - 1;
+  if constexpr (sizeof(V) == 64)
+    _mm512_mask_storeu_epi8(p, bytes, as<__m512i>(v));
+  else
+    _mm256_mask_storeu_epi8(p, static_cast<uint32_t>(bytes), as<__m256i>(v));
+}
+
+#elif LNC_VECTOR_BYTES == 32
+// By words of 32 bits; then an odd last element of 16.
+template <class V, class S>
+LNC_INLINE V read_part(const S* p, int n) {
+  using Shorts = std::conditional_t<sizeof(V) == 32, Words, Half>;
+  constexpr uint16_t last[32] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xffff};
+  const auto* const from = reinterpret_cast<const int*>(p);
+  const int32_t* const mask = kMask + 16 - n * int{sizeof(S)} / 4;
+  V v;
+  if constexpr (sizeof(V) == 32)
+    v = as<V>(_mm256_maskload_epi32(from, read<__m256i>(mask)));
+  else
+    v = as<V>(_mm_maskload_epi32(from, read<__m128i>(mask)));
+  if constexpr (sizeof(S) == 2)
+    v = as<V>(as<Shorts>(v) | ((Shorts{} + read<uint16_t>(p + n - 1)) & read<Shorts>(last + 16 - n)));
+  return v;
+}
+template <class S, class V>
+LNC_INLINE void write_part(S* p, V v, int n) {
+  auto* const to = reinterpret_cast<int*>(p);
+  const int32_t* const mask = kMask + 16 - n * int{sizeof(S)} / 4;
+  if constexpr (sizeof(V) == 32)
+    _mm256_maskstore_epi32(to, read<__m256i>(mask), as<__m256i>(v));
+  else
+    _mm_maskstore_epi32(to, read<__m128i>(mask), as<__m128i>(v));
+  if constexpr (sizeof(S) == 2) {
+    S elements[sizeof(V) / sizeof(S)];
+    write(elements, v);
+    if (n % 2) p[n - 1] = elements[n - 1];
+  }
+}
+
+#else
+template <class V, class S>
+LNC_INLINE V read_part(const S* p, int n) {
+  S elements[sizeof(V) / sizeof(S)] = {};
+  memcpy(elements, p, n * sizeof(S));
+  return read<V>(elements);
+}
+template <class S, class V>
+LNC_INLINE void write_part(S* p, V v, int n) {
+  memcpy(p, &v, n * sizeof(S));
+}
+#endif
+
 // Elements of T in a cache line.
 template <class T>
 constexpr int kLine = 64 / sizeof(T);
@@ -339,15 +406,23 @@ LNC_INLINE V load(const S* p, Full) {
 // Lanes that are not there are zero.
 template <class V, class S>
 LNC_INLINE V load(const S* p, Part part) {
-  S elements[kLanes<V>] = {};
-  memcpy(elements, p, part.n * sizeof(S));
-  return load<V>(elements, Full{});
+  if constexpr (std::is_same_v<V, Pair> && std::is_same_v<S, float>) {
+    S elements[kLanes<V>] = {};
+    memcpy(elements, p, part.n * sizeof(S));
+    return load<V>(elements, Full{});
+  } else {
+    return value(p, read_part<decltype(stored(p, V{}))>(p, part.n));
+  }
 }
 template <class V, class S>
 LNC_INLINE void store(S* p, V v, Part part) {
-  S elements[kLanes<V>];
-  store(elements, v, Full{});
-  memcpy(p, elements, part.n * sizeof(S));
+  if constexpr (std::is_same_v<V, Pair> && std::is_same_v<S, float>) {
+    S elements[kLanes<V>];
+    store(elements, v, Full{});
+    memcpy(p, elements, part.n * sizeof(S));
+  } else {
+    write_part(p, stored(p, v), part.n);
+  }
 }
 
 template <class V, class S, class Where>
@@ -380,7 +455,7 @@ LNC_INLINE void write(T* p, B bits, Full) {
 }
 template <class T, class B>
 LNC_INLINE void write(T* p, B bits, Part part) {
-  memcpy(p, &bits, part.n * sizeof(T));
+  write_part(p, bits, part.n);
 }
 template <class T, class B>
 LNC_INLINE void write_past(T* p, B bits, Full) {
@@ -427,7 +502,6 @@ LNC_INLINE V hold(V v) {
 #endif
 
 // Zero in the lanes that are not there.
-constexpr int32_t kMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
 template <class V>
 LNC_INLINE V keep(V v, int n) {
   if constexpr (kLanes<V> == 1)

@@ -66,6 +66,20 @@ LNC_EMULATED __m256i cvtps_ph(__m512 v) {
   for (int i = 0; i < 16; i++) narrow[i] = _cvtss_sh(v[i], _MM_FROUND_TO_NEAREST_INT);
   return (__m256i)narrow;
 }
+template <class V>
+LNC_EMULATED V maskz_loadu(uint64_t bytes, const void* p) {
+  char v[sizeof(V)] = {};
+  for (size_t i = 0; i < sizeof v; i++)
+    if (bytes >> i & 1) v[i] = static_cast<const char*>(p)[i];
+  V result;
+  memcpy(&result, v, sizeof v);
+  return result;
+}
+template <class V>
+LNC_EMULATED void mask_storeu(void* p, uint64_t bytes, V v) {
+  for (size_t i = 0; i < sizeof v; i++)
+    if (bytes >> i & 1) static_cast<char*>(p)[i] = reinterpret_cast<const char*>(&v)[i];
+}
 LNC_EMULATED void stream_si512(__m512i* p, __m512i v) {
   if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();
   memcpy(p, &v, sizeof v);
@@ -84,6 +98,10 @@ LNC_EMULATED void stream_si512(__m512i* p, __m512i v) {
 #define _mm512_subs_epu16 emulated::subs_epu16
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_ph(v, rounding) emulated::cvtps_ph(v)
+#define _mm512_maskz_loadu_epi8 emulated::maskz_loadu<__m512i>
+#define _mm256_maskz_loadu_epi8 emulated::maskz_loadu<__m256i>
+#define _mm512_mask_storeu_epi8 emulated::mask_storeu<__m512i>
+#define _mm256_mask_storeu_epi8 emulated::mask_storeu<__m256i>
 #define _mm512_stream_si512 emulated::stream_si512
 
 #define LNC_ISA avx512
