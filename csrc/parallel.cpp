@@ -35,8 +35,8 @@ class alignas(64) Share {
 
 void parallel_for(int64_t count, int64_t grain, cpu::Task task, void* context) {
   constexpr int64_t kShares = 32;  // where there are more threads, some have one together
-  const int64_t piece = std::max<int64_t>(grain / 4, 1), pieces = (count + piece - 1) / piece;
-  const int64_t wanted = std::min<int64_t>(at::get_num_threads(), (count + grain - 1) / grain);
+  const int64_t piece = std::max<int64_t>(grain / 4, 1), pieces = at::divup(count, piece);
+  const int64_t wanted = std::min<int64_t>(at::get_num_threads(), at::divup(count, grain));
   const int64_t threads = at::in_parallel_region() ? 1 : wanted, n = std::min(threads, kShares);
   if (threads == 1) return task(context, 0, count);
 

@@ -41,7 +41,6 @@ class Backward {
   const BackwardParams& p;
   const ParallelFor parallel;
   const BackwardPlan plan = BackwardPlan::of(p);
-  const int64_t bytes = p.rows * p.cols * int64_t{sizeof(T)};
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = parameter<T>(p, parallel, p.weight, 1, p.workspace);
 
@@ -49,13 +48,13 @@ class Backward {
   Backward(const BackwardParams& params, ParallelFor parallel_for) : p(params), parallel(parallel_for) {}
 
   void run() const {
-    if (p.grad_input) will_write(p.grad_input, bytes);
+    if (p.grad_input) will_write(p.grad_input, p.rows * p.cols * int64_t{sizeof(T)});
     if (plan.split_columns)
       for (int64_t chunk = 0; chunk < plan.row_chunks; chunk++) run_by_columns(chunk);
     else
       for_ranges(parallel, plan.row_chunks, grain_of(plan.rows_a_chunk * p.cols), [this](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; chunk++) run_by_rows(chunk);
-        if (plan.past) fence();
+        if (plan.reach == Reach::past) fence();
       });
     if ((p.grad_weight || p.grad_bias) && !plan.direct) fold();
   }
@@ -82,7 +81,7 @@ class Backward {
       }
       for_ranges(parallel, ceil_div(p.cols, tile), grain_of(tile * block.count), [&](int64_t begin, int64_t end) {
         apply(block, begin * tile, end * tile < p.cols ? end * tile : p.cols, gradients(chunk));
-        if (plan.past) fence();
+        if (plan.reach == Reach::past) fence();
       });
     });
   }
@@ -152,7 +151,7 @@ class Backward {
 
   static bool is_centred(const Row& row) { return !kAboutZero || row.pivot != 0; }
 
-  LaneSums lane_sums(const Row& row, int64_t chunk) const {
+  LNC_INLINE LaneSums lane_sums(const Row& row, int64_t chunk) const {
     return is_centred(row) ? lane_sums<true>(row, chunk) : lane_sums<!kAboutZero>(row, chunk);
   }
 
@@ -164,19 +163,19 @@ class Backward {
     const O* dy = row.dy + start;
     const A* w = weight + start;
     const V pivot = set<V>(row.pivot), rstd = set<V>(row.rstd), offset = set<V>(row.offset);
-    // Time to have the lines of dx there when they are written. For rows of a page and more, with which the processor
-    // keeps up by itself, it pays from twice the size on from which x and dy are fetched.
-    const bool fetches = plan.fetches(p.cols * int64_t{sizeof(T)} < 4096 ? bytes : bytes / 2) && !plan.past;
     const T* const dx = row.dx + start;
     Accumulators<V> g_sums, g_xhat_sums;
-    sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
-      if (LNC_UNLIKELY(fetches) && starts_line<T>(u)) prefetch(dx, i);
-      V v = load<V>(x + i, where);
-      if constexpr (Centred) v = normalised<true>(v, pivot, rstd, offset);
-      const V g = keep(load<V>(dy + i, where) * get<V>(w + i, where), where);
-      if constexpr (N == Norm::layer) g_sums.v[u] = g_sums.v[u] + g;
-      g_xhat_sums.v[u] = fma(g, keep(v, where), g_xhat_sums.v[u]);
-    });
+    const auto add_up = [&](auto fetches) LNC_LAMBDA {
+      sweep<V>(left < kChunk ? left : kChunk, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+        if (fetches && starts_line<T>(u)) prefetch(dx, i);
+        V v = load<V>(x + i, where);
+        if constexpr (Centred) v = normalised<true>(v, pivot, rstd, offset);
+        const V g = keep(load<V>(dy + i, where) * get<V>(w + i, where), where);
+        if constexpr (N == Norm::layer) g_sums.v[u] = g_sums.v[u] + g;
+        g_xhat_sums.v[u] = fma(g, keep(v, where), g_xhat_sums.v[u]);
+      });
+    };
+    plan.fetches_dx ? add_up(std::true_type{}) : add_up(std::false_type{});
     return {g_sums.folded(), g_xhat_sums.folded()};
   }
 
@@ -193,13 +192,16 @@ class Backward {
   template <bool Dx, bool Dw, bool Db>
   void apply(const Block& block, int64_t begin, int64_t end, const Gradients& to) const {
     if constexpr (Dx && kWritesPast)
-      if (plan.past) return apply<Dx, Dw, Db, true>(block, begin, end, to);
-    apply<Dx, Dw, Db, false>(block, begin, end, to);
+      if (plan.reach == Reach::past) return apply<Dx, Dw, Db, Reach::past>(block, begin, end, to);
+    if (plan.reach == Reach::cached)
+      apply<Dx, Dw, Db, Reach::cached>(block, begin, end, to);
+    else
+      apply<Dx, Dw, Db, Reach::fetched>(block, begin, end, to);
   }
 
   // Two rows at a time halve the traffic of the sums, which stay in the first-level cache for a tile of columns, long
   // enough for the processor's own prefetching.
-  template <bool Dx, bool Dw, bool Db, bool Past>
+  template <bool Dx, bool Dw, bool Db, Reach From>
   void apply(const Block& block, int64_t begin, int64_t end, const Gradients& to) const {
     constexpr int64_t tile = 2048;
     for (; begin < end; begin += tile) {
@@ -212,15 +214,15 @@ class Backward {
       int r = 0;
       for (; r + 2 <= block.count; r += 2)
         if (!is_centred(block.rows[r]) && !is_centred(block.rows[r + 1]))
-          columns<2, !kAboutZero, Dx, Dw, Db, Past>(block.rows + r, begin, n, to);
+          columns<2, !kAboutZero, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
         else
-          columns<2, true, Dx, Dw, Db, Past>(block.rows + r, begin, n, to);
-      if (r < block.count) columns<1, true, Dx, Dw, Db, Past>(block.rows + r, begin, n, to);
+          columns<2, true, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
+      if (r < block.count) columns<1, true, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
     }
   }
 
-  template <int R, bool Centred, bool Dx, bool Dw, bool Db, bool Past>
-  void columns(const Row* block_rows, int64_t begin, int64_t n, const Gradients& to) const {
+  template <int R, bool Centred, bool Dx, bool Dw, bool Db, Reach From>
+  LNC_INLINE void columns(const Row* block_rows, int64_t begin, int64_t n, const Gradients& to) const {
     Row row[R];
     V pivot[R], rstd[R], offset[R], minus_mean_g[R], minus_mean_g_xhat[R];
     unrolled<R>([&](int r) LNC_LAMBDA {
@@ -229,8 +231,8 @@ class Backward {
       minus_mean_g[r] = set<V>(row[r].minus_mean_g), minus_mean_g_xhat[r] = set<V>(row[r].minus_mean_g_xhat);
     });
     const A* const w = weight;
-    const int64_t ahead = plan.block * p.cols;  // the next block, where rows are adjacent
-    const bool fetches = plan.fetches(bytes), adds = p.grad_sum;
+    const int64_t ahead = plan.split_columns ? 0 : plan.block * p.cols;  // the next block, where rows are adjacent
+    const bool adds = p.grad_sum;
     A *const weight_sums = to.weight, *const bias_sums = to.bias;
     const auto step = [&](int64_t j, auto where, int u, const auto& put_dx) LNC_LAMBDA {
       V dw, db, shared_w;
@@ -238,7 +240,7 @@ class Backward {
       if constexpr (Dw) dw = get<V>(weight_sums + j, where);
       if constexpr (Db) db = get<V>(bias_sums + j, where);
       unrolled<R>([&](int r) LNC_LAMBDA {
-        if (LNC_UNLIKELY(fetches)) {
+        if constexpr (From != Reach::cached) {
           if (starts_line<T>(u)) prefetch(row[r].x, j + ahead);
           if (starts_line<O>(u)) prefetch(row[r].dy, j + ahead);
         }
@@ -258,7 +260,7 @@ class Backward {
       if constexpr (Db) put(bias_sums + j, db, where);
     };
     constexpr int lanes = kLanes<V>, vectors = kLine<T> / lanes;  // of a cache line
-    if constexpr (Past) {
+    if constexpr (From == Reach::past) {
       // A row's whole lines: of rows that take turns within one, the processor would write out unfinished ones.
       using Stored = decltype(stored(row[0].x, V{}));
       for (int64_t j = begin; j < begin + n; j += kLine<T>) {

@@ -38,6 +38,9 @@ extern int64_t cache_bytes;
 // prefetching does better alone.
 constexpr bool is_far(int64_t bytes) { return bytes > 2 << 20; }
 
+// How a pass reaches memory: as it comes, asking for rows ahead of time, or also writing past the caches.
+enum class Reach { cached, fetched, past };
+
 // Columns of a buffer of ours: whole vectors of any instruction set.
 constexpr int64_t padded(int64_t cols) { return ceil_div(cols, 32) * 32; }
 
@@ -61,7 +64,7 @@ struct ForwardPlan {
   int64_t chunks;            // of a row
   bool split_columns;        // few long rows: threads share a row
   int64_t group;             // rows whose statistics are taken before the first is normalised
-  bool past;                 // outputs go to memory past the caches: none would still be there when they are read
+  Reach reach;               // past: no output would still be in a cache when it is read
   bool past_sum;             // and so does the sum, from a little more on: it is read once again
   bool given;                // weight and bias are of the input's dtype, or not there: read as they are
   int64_t parameters_bytes;  // otherwise, workspace for them as the kernels want them,
@@ -75,10 +78,11 @@ struct ForwardPlan {
     const int64_t bytes = elements * (size_of(p.output_dtype) + (2 * arrays - 1) * size_of(p.dtype));
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
-    plan.past = bytes >= cache_bytes && misaligned % 64 == 0;
-    plan.past_sum = plan.past && p.residual && plan.chunks == 1 && bytes >= cache_bytes / 4 * 5;
+    const bool past = bytes >= cache_bytes && misaligned % 64 == 0;
+    plan.reach = past ? Reach::past : is_far(elements * size_of(p.dtype)) ? Reach::fetched : Reach::cached;
+    plan.past_sum = past && p.residual && plan.chunks == 1 && bytes >= cache_bytes / 4 * 5;
     // Rows that come from memory need their place in the cache for both inputs.
-    const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (plan.past ? arrays : 1);
+    const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (past ? arrays : 1);
     plan.group = clamp((8 << 10) / row_bytes, 1, kMaxGroup);
     // bfloat16 parameters are widened once for all rows where these are many and what becomes of them stays in the
     // cache.
@@ -102,14 +106,12 @@ struct BackwardPlan {
   int64_t rows_a_chunk;
   int64_t row_chunks;
   bool split_columns;        // too few chunks of long rows: threads share rows
-  bool past;                 // dx goes to memory past the caches: it would drive x and dy out, and be driven out itself
+  Reach reach;               // past: dx would drive x and dy out, and be driven out itself
+  bool fetches_dx;           // lines of dx are asked for as well, when x and dy are first read
   bool direct;               // sums are results already
   int64_t parameters_bytes;  // workspace for the weight as the kernels want it,
   int64_t sums_bytes;        // behind it each chunk's Sums, of rows that are shared,
   int64_t workspace;         // behind them the weight and bias gradients of each chunk of rows
-
-  // Whether lines of so many bytes are asked for ahead of time: not where the block would drive them out first.
-  bool fetches(int64_t bytes) const { return !split_columns && is_far(bytes); }
 
   // Whole lines; and where rows are whole pages, so that those of several rows lie at the same place in theirs, not
   // just behind lines that are read meanwhile, at the same pace: it took up to five times as long.
@@ -142,7 +144,13 @@ struct BackwardPlan {
     plan.block = clamp(cache / (p.cols * row_bytes), 2, kMaxBlock) / 2 * 2;
     // The last-level cache has room for blocks of rows that threads share: it pays from more on, there.
     const int64_t bytes = p.rows * p.cols * (row_bytes + size_of(p.dtype));
-    plan.past = bytes >= (plan.split_columns ? 4 * cache_bytes : cache_bytes / 2 * 3) && goes_past_well(p);
+    const bool past = bytes >= (plan.split_columns ? 4 * cache_bytes : cache_bytes / 2 * 3) && goes_past_well(p);
+    // A block of rows that threads share would drive out what is asked for behind it.
+    const int64_t x_bytes = p.rows * p.cols * size_of(p.dtype);
+    plan.reach = past ? Reach::past : !plan.split_columns && is_far(x_bytes) ? Reach::fetched : Reach::cached;
+    // With rows of a page and more the processor keeps up by itself: there it pays from twice the size on.
+    const bool is_short = p.cols * size_of(p.dtype) < 4096;
+    plan.fetches_dx = plan.reach == Reach::fetched && (is_short || is_far(x_bytes / 2));
     plan.direct = plan.row_chunks == 1 && reads_parameters(p);
     plan.parameters_bytes = reads_parameters(p) && p.weight ? 0 : padded(p.cols) * scalar;
     plan.sums_bytes = plan.split_columns ? plan.block * plan.chunks * int64_t{sizeof(Sums)} : 0;

@@ -34,7 +34,6 @@ class Forward {
   const ForwardParams& p;
   const ParallelFor parallel;
   const ForwardPlan plan = ForwardPlan::of(p);
-  const bool far = is_far(p.rows * p.cols * int64_t{sizeof(T)});
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   const A* const weight = plan.given ? nullptr : parameter<T>(p, parallel, p.weight, 1, p.workspace);
   const A* const bias =
@@ -85,7 +84,7 @@ class Forward {
       with_parameters(0, [&](const auto& weights, const auto& biases)
                              LNC_LAMBDA { normalise_group(first, rows, terms, kept, weights, biases); });
     }
-    if (plan.past) fence();
+    if (plan.reach == Reach::past) fence();
   }
 
   // The same chunks and merges as by rows, hence the same bits.
@@ -108,7 +107,7 @@ class Forward {
                     weights, biases);
         });
       }
-      if (plan.past) fence();
+      if (plan.reach == Reach::past) fence();
     });
   }
 
@@ -160,7 +159,7 @@ class Forward {
 
   // Adds the residual where there is one: if quickly, the squares show whether the sum was lost by it.
   template <bool Centred, bool Quick = true>
-  LaneLook first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
+  LNC_INLINE LaneLook first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
     const int64_t start = chunk * kChunk, n = chunk_size(chunk);
     const V center = set<V>(pivot);
     const T* const x = input(row) + start;
@@ -173,17 +172,19 @@ class Forward {
       const T* const r = residual(row) + start;
       T* const to = sum_row(row) + start;
       T* const copy = reinterpret_cast<T*>(kept);
-      const bool past = plan.past_sum;
-      return look(n, [=](int64_t i, auto where) LNC_LAMBDA {
-        const auto sum = rounded<Quick, T>(load<V>(x + i, where) + load<V>(r + i, where));
-        if (LNC_UNLIKELY(past)) {
-          write_past(to + i, sum.bits, where);
-          if (!kKeeps) write(copy + i, sum.bits, where);
-        } else {
-          write(to + i, sum.bits, where);
-        }
-        return deviation(i, where, sum.value);
-      });
+      const auto added = [=](auto past) LNC_LAMBDA {
+        return look(n, [=](int64_t i, auto where) LNC_LAMBDA {
+          const auto sum = rounded<Quick, T>(load<V>(x + i, where) + load<V>(r + i, where));
+          if constexpr (past) {
+            write_past(to + i, sum.bits, where);
+            if (!kKeeps) write(copy + i, sum.bits, where);
+          } else {
+            write(to + i, sum.bits, where);
+          }
+          return deviation(i, where, sum.value);
+        });
+      };
+      return plan.past_sum ? added(std::true_type{}) : added(std::false_type{});
     }
     return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return deviation(i, where, load<V>(x + i, where)); });
   }
@@ -368,7 +369,7 @@ class Forward {
     };
     int64_t r = 0;
     if constexpr (kConverts && !std::is_same_v<Weights, Constant<V, 1>>)
-      for (; !far && r + 2 <= rows; r += 2)
+      for (; plan.reach == Reach::cached && r + 2 <= rows; r += 2)
         with_values(r, 2, [&](const auto& values) LNC_LAMBDA {
           normalise_two(first + r, terms + r, values(r), values(r + 1), weights, biases);
         });
@@ -398,24 +399,28 @@ class Forward {
   template <class Values, class Weights, class Biases>
   LNC_INLINE void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values,
                             const Weights& weights, const Biases& biases) const {
-    if (plan.past)
-      normalise<true>(row, begin, end, t, values, weights, biases);
-    else
-      normalise<false>(row, begin, end, t, values, weights, biases);
+    switch (plan.reach) {
+      case Reach::cached:
+        return normalise<Reach::cached>(row, begin, end, t, values, weights, biases);
+      case Reach::fetched:
+        return normalise<Reach::fetched>(row, begin, end, t, values, weights, biases);
+      case Reach::past:
+        return normalise<Reach::past>(row, begin, end, t, values, weights, biases);
+    }
   }
 
-  template <bool Past, class Values, class Weights, class Biases>
+  template <Reach R, class Values, class Weights, class Biases>
   void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values, const Weights& weights,
                  const Biases& biases) const {
     O* const y = static_cast<O*>(p.output) + row * p.cols + begin;
-    const bool far = this->far;
-    const T* const x = far ? input(row) + begin : nullptr;
-    const T* const r = far && p.residual ? residual(row) + begin : x;
+    const T* const x = R == Reach::cached ? nullptr : input(row) + begin;
+    const T* const r = R != Reach::cached && p.residual ? residual(row) + begin : x;
     const int64_t ahead = plan.group * p.cols;
     const V rstd = set<V>(t.rstd), offset = set<V>(t.offset);
     sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
-      if (LNC_UNLIKELY(far) && starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
-      store(y + i, fma(normalised(values(i, where), rstd, offset), weights(i, where), biases(i, where)), where, Past);
+      if (R != Reach::cached && starts_line<T>(u)) prefetch(x, i + ahead), prefetch(r, i + ahead);
+      store(y + i, fma(normalised(values(i, where), rstd, offset), weights(i, where), biases(i, where)), where,
+            R == Reach::past);
     });
   }
 };
