@@ -193,10 +193,9 @@ class Backward {
   void apply(const Block& block, int64_t begin, int64_t end, const Gradients& to) const {
     if constexpr (Dx && kWritesPast)
       if (plan.reach == Reach::past) return apply<Dx, Dw, Db, Reach::past>(block, begin, end, to);
-    if (plan.reach == Reach::cached)
-      apply<Dx, Dw, Db, Reach::cached>(block, begin, end, to);
-    else
-      apply<Dx, Dw, Db, Reach::fetched>(block, begin, end, to);
+    if constexpr (Dx)
+      if (plan.reach == Reach::cached) return apply<Dx, Dw, Db, Reach::cached>(block, begin, end, to);
+    apply<Dx, Dw, Db, Reach::fetched>(block, begin, end, to);
   }
 
   // Two rows at a time halve the traffic of the sums, which stay in the first-level cache for a tile of columns, long
@@ -217,8 +216,14 @@ class Backward {
           columns<2, !kAboutZero, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
         else
           columns<2, true, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
-      if (r < block.count) columns<1, true, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
+      if (r < block.count) last_row<Dx, Dw, Db>(block.rows + r, begin, n, to);
     }
+  }
+
+  // Of an odd number: too few to compile for every reach.
+  template <bool Dx, bool Dw, bool Db>
+  LNC_NOINLINE void last_row(const Row* row, int64_t begin, int64_t n, const Gradients& to) const {
+    columns<1, true, Dx, Dw, Db, Reach::cached>(row, begin, n, to);
   }
 
   template <int R, bool Centred, bool Dx, bool Dw, bool Db, Reach From>

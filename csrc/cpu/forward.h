@@ -121,8 +121,9 @@ class Forward {
   T* sum_row(int64_t row) const { return static_cast<T*>(p.sum) + row * p.cols; }
   const T* source(int64_t row) const { return p.residual ? sum_row(row) : input(row); }
   // Of a row whose sum has gone past the caches there is a copy.
+  bool copies_sum() const { return kWritesPast && plan.past_sum; }
   const T* source(int64_t row, const A* kept) const {
-    return plan.past_sum ? reinterpret_cast<const T*>(kept) : source(row);
+    return copies_sum() ? reinterpret_cast<const T*>(kept) : source(row);
   }
 
   A pivot(int64_t row) const {
@@ -184,7 +185,7 @@ class Forward {
           return deviation(i, where, sum.value);
         });
       };
-      return plan.past_sum ? added(std::true_type{}) : added(std::false_type{});
+      return copies_sum() ? added(std::bool_constant<kWritesPast>{}) : added(std::false_type{});
     }
     return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return deviation(i, where, load<V>(x + i, where)); });
   }
@@ -399,14 +400,12 @@ class Forward {
   template <class Values, class Weights, class Biases>
   LNC_INLINE void normalise(int64_t row, int64_t begin, int64_t end, const Terms& t, const Values& values,
                             const Weights& weights, const Biases& biases) const {
-    switch (plan.reach) {
-      case Reach::cached:
-        return normalise<Reach::cached>(row, begin, end, t, values, weights, biases);
-      case Reach::fetched:
-        return normalise<Reach::fetched>(row, begin, end, t, values, weights, biases);
-      case Reach::past:
-        return normalise<Reach::past>(row, begin, end, t, values, weights, biases);
-    }
+    if constexpr (kWritesPast)
+      if (plan.reach == Reach::past) return normalise<Reach::past>(row, begin, end, t, values, weights, biases);
+    if (plan.reach == Reach::cached)
+      normalise<Reach::cached>(row, begin, end, t, values, weights, biases);
+    else
+      normalise<Reach::fetched>(row, begin, end, t, values, weights, biases);
   }
 
   template <Reach R, class Values, class Weights, class Biases>
