@@ -66,6 +66,7 @@ struct ForwardPlan {
   int64_t group;             // rows whose statistics are taken before the first is normalised
   Reach reach;               // past: no output would still be in a cache when it is read
   bool past_sum;             // and so does the sum, from a little more on: it is read once again
+  bool overlaps;             // two rows are normalised while two more are looked at
   bool given;                // weight and bias are of the input's dtype, or not there: read as they are
   int64_t parameters_bytes;  // otherwise, workspace for them as the kernels want them,
   int64_t workspace;         // and behind them each chunk's Moments
@@ -78,12 +79,17 @@ struct ForwardPlan {
     const int64_t bytes = elements * (size_of(p.output_dtype) + (2 * arrays - 1) * size_of(p.dtype));
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
-    const bool past = bytes >= cache_bytes && misaligned % 64 == 0;
+    // Two rows share what is read of the parameters. Where two more are read meanwhile, the caches serve a little
+    // longer; shorter rows are better off in groups.
+    const bool converts = p.dtype != accumulate_type(p.dtype), by_twos = plan.chunks == 1 && !p.residual;
+    const bool may_overlap = by_twos && !converts && p.cols * size_of(p.dtype) > 2048;
+    const bool past = bytes >= (may_overlap ? cache_bytes / 4 * 5 : cache_bytes) && misaligned % 64 == 0;
     plan.reach = past ? Reach::past : is_far(elements * size_of(p.dtype)) ? Reach::fetched : Reach::cached;
     plan.past_sum = past && p.residual && plan.chunks == 1 && bytes >= cache_bytes / 4 * 5;
     // Rows that come from memory need their place in the cache for both inputs.
     const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (past ? arrays : 1);
-    plan.group = clamp((8 << 10) / row_bytes, 1, kMaxGroup);
+    plan.group = clamp((8 << 10) / row_bytes, by_twos && converts && !past ? 2 : 1, kMaxGroup);
+    plan.overlaps = may_overlap && !past;
     // bfloat16 parameters are widened once for all rows where these are many and what becomes of them stays in the
     // cache.
     const bool widens = p.dtype == DType::bf16 && p.bias && elements >= 1 << 18 && p.cols <= 2048;

@@ -12,8 +12,6 @@ class Forward {
   static constexpr int64_t kChunk = chunk_columns(sizeof(A) == 8 ? DType::f64 : DType::f32);
 
   static constexpr bool kConverts = !std::is_same_v<T, A>;
-  // Deviations from the pivot are kept where they cost more than a second read: float16 takes instructions to convert.
-  static constexpr bool kKeeps = std::is_same_v<T, f16> && N == Norm::layer;
 
   // At a chunk's deviations from a pivot: their mean, and the sum of their squares; of one row, or of some together.
   template <class S>
@@ -52,48 +50,90 @@ class Forward {
   }
 
  private:
+  void run_by_rows(int64_t begin, int64_t end) const {
+    int64_t row = begin;
+    if constexpr (!kConverts)
+      if (plan.overlaps) row = run_by_twos(begin, end);
+    for (; row < end; row += plan.group) {
+      if (plan.chunks > 1)
+        run_by_chunks(row);
+      else
+        run_group(row, end - row < plan.group ? end - row : plan.group);
+    }
+    if (plan.reach == Reach::past) fence();
+  }
+
+  void run_by_chunks(int64_t row) const {
+    alignas(64) T copy[kChunk];
+    const A about = pivot(row);
+    const auto moments = [&](int64_t c) { return moments_of(row, c, about, copy); };
+    const Terms t = finish(row, about, pairwise(0, plan.chunks, moments));
+    with_parameters(0, [&](const auto& weights, const auto& biases)
+                           LNC_LAMBDA { normalise(row, 0, p.cols, t, again(row, 0, about), weights, biases); });
+  }
+
   // Short rows go in groups that stay in the first-level cache, one step for all before the next: independent work for
   // the processor to do while it waits for one row's reductions.
-  void run_by_rows(int64_t begin, int64_t end) const {
+  void run_group(int64_t first, int64_t rows) const {
     constexpr int64_t kMax = ForwardPlan::kMaxGroup;
-    alignas(64) A kept[kChunk];
+    alignas(64) T copy[kChunk];
     A pivots[kMax];
     LaneLook looks[kMax];
     Terms terms[kMax];
     const int64_t stride = padded(p.cols);
-    for (int64_t first = begin; first < end; first += plan.group) {
-      const int64_t rows = end - first < plan.group ? end - first : plan.group;
-      if (plan.chunks > 1) {
-        const A about = pivot(first);
-        const auto moments = [&](int64_t c) { return moments_of(first, c, about, kept); };
-        const Terms t = finish(first, about, pairwise(0, plan.chunks, moments));
-        with_parameters(0, [&](const auto& weights, const auto& biases)
-                               LNC_LAMBDA { normalise(first, 0, p.cols, t, again(first, 0, about), weights, biases); });
-        continue;
-      }
-      for (int64_t r = 0; r < rows; r++) {
-        const bool zero = N == Norm::rms || is_about_zero(first + r);
-        pivots[r] = zero ? 0 : pivot(first + r);
-        looks[r] = zero ? first_look<false>(first + r, 0, 0, kept + r * stride)
-                        : first_look<N == Norm::layer>(first + r, 0, pivots[r], kept + r * stride);
-      }
-      int64_t r = 0;
-      for (; r + kTogether <= rows; r += kTogether)
-        set_terms(terms + r, first + r, pivots + r, looks + r, kept + r * stride, Lanes{});
-      for (; r < rows; r++) set_terms(terms[r], first + r, pivots[r], looks[r], kept + r * stride);
-      with_parameters(0, [&](const auto& weights, const auto& biases)
-                             LNC_LAMBDA { normalise_group(first, rows, terms, kept, weights, biases); });
+    for (int64_t r = 0; r < rows; r++) {
+      pivots[r] = about(first + r);
+      looks[r] = pivots[r] == 0 ? first_look<false>(first + r, 0, 0, copy + r * stride)
+                                : first_look<N == Norm::layer>(first + r, 0, pivots[r], copy + r * stride);
     }
-    if (plan.reach == Reach::past) fence();
+    int64_t r = 0;
+    for (; r + kTogether <= rows; r += kTogether)
+      set_terms(terms + r, first + r, pivots + r, looks + r, copy + r * stride, Lanes{});
+    for (; r < rows; r++) set_terms(terms[r], first + r, pivots[r], looks[r], copy + r * stride);
+    with_parameters(0, [&](const auto& weights, const auto& biases)
+                           LNC_LAMBDA { normalise_group(first, rows, terms, copy, weights, biases); });
+  }
+
+  // Long rows: two, and meanwhile a look at the next two, while there are two more. Returns the first row not done.
+  int64_t run_by_twos(int64_t row, int64_t end) const {
+    if (end - row < 4) return row;
+    Terms terms[2];
+    for (int i = 0; i < 2; i++) look_at<true>(terms[i], row + i, about(row + i), Nothing{});
+    for (; end - row >= 4; row += 2) {
+      const A next[2] = {about(row + 2), about(row + 3)};
+      const bool about_zero = terms[0].pivot == 0 && terms[1].pivot == 0 && next[0] == 0 && next[1] == 0;
+      with_parameters(0, [&](const auto& weights, const auto& biases) LNC_LAMBDA {
+        about_zero ? normalise_two_and_look<false>(row, terms, next, weights, biases)
+                   : normalise_two_and_look<N == Norm::layer>(row, terms, next, weights, biases);
+      });
+    }
+    with_parameters(0, [&](const auto& weights, const auto& biases) LNC_LAMBDA {
+      for (int i = 0; i < 2; i++)
+        normalise(row + i, 0, p.cols, terms[i], again(row + i, 0, terms[i].pivot), weights, biases);
+    });
+    return row + 2;
+  }
+
+  template <bool Centred>
+  LNC_INLINE auto values(int64_t row, A pivot) const {
+    if constexpr (Centred)
+      return again(row, 0, pivot);
+    else
+      return Elements<V, T>{input(row)};
+  }
+
+  template <bool Centred, class Meanwhile>
+  LNC_INLINE void look_at(Terms& t, int64_t row, A about, const Meanwhile& meanwhile) const {
+    set_terms(t, row, about, look(p.cols, values<Centred>(row, about), meanwhile), nullptr);
   }
 
   // The same chunks and merges as by rows, hence the same bits.
   void run_by_columns() const {
     auto* parts = reinterpret_cast<Moments*>(static_cast<char*>(p.workspace) + plan.parameters_bytes);
     for_ranges(parallel, p.rows * plan.chunks, grain_of(kChunk), [&](int64_t begin, int64_t end) {
-      alignas(64) A kept[kChunk];
+      alignas(64) T copy[kChunk];
       for (int64_t i = begin; i < end; i++)
-        parts[i] = moments_of(i / plan.chunks, i % plan.chunks, pivot(i / plan.chunks), kept);
+        parts[i] = moments_of(i / plan.chunks, i % plan.chunks, pivot(i / plan.chunks), copy);
     });
     Terms terms[ForwardPlan::kMaxSplitRows];
     for (int64_t row = 0; row < p.rows; row++)
@@ -122,9 +162,7 @@ class Forward {
   const T* source(int64_t row) const { return p.residual ? sum_row(row) : input(row); }
   // Of a row whose sum has gone past the caches there is a copy.
   bool copies_sum() const { return kWritesPast && plan.past_sum; }
-  const T* source(int64_t row, const A* kept) const {
-    return copies_sum() ? reinterpret_cast<const T*>(kept) : source(row);
-  }
+  const T* source(int64_t row, const T* copy) const { return copies_sum() ? copy : source(row); }
 
   A pivot(int64_t row) const {
     if (N == Norm::rms) return 0;
@@ -146,6 +184,8 @@ class Forward {
     return has_both_signs(eight);
   }
 
+  LNC_INLINE A about(int64_t row) const { return N == Norm::rms || is_about_zero(row) ? A(0) : pivot(row); }
+
   // Deviations read from the row itself.
   struct Again {
     const T* x;
@@ -160,63 +200,55 @@ class Forward {
 
   // Adds the residual where there is one: if quickly, the squares show whether the sum was lost by it.
   template <bool Centred, bool Quick = true>
-  LNC_INLINE LaneLook first_look(int64_t row, int64_t chunk, A pivot, A* kept) const {
+  LNC_INLINE LaneLook first_look(int64_t row, int64_t chunk, A pivot, T* copy) const {
     const int64_t start = chunk * kChunk, n = chunk_size(chunk);
     const V center = set<V>(pivot);
     const T* const x = input(row) + start;
-    const auto deviation = [=](int64_t i, auto where, V v) LNC_LAMBDA {
-      if constexpr (Centred) v = v - center;
-      if constexpr (kKeeps) put(kept + i, v, where);
-      return v;
-    };
+    const auto deviation = [=](V v) LNC_LAMBDA { return Centred ? v - center : v; };
     if (p.residual) {
       const T* const r = residual(row) + start;
       T* const to = sum_row(row) + start;
-      T* const copy = reinterpret_cast<T*>(kept);
       const auto added = [=](auto past) LNC_LAMBDA {
         return look(n, [=](int64_t i, auto where) LNC_LAMBDA {
           const auto sum = rounded<Quick, T>(load<V>(x + i, where) + load<V>(r + i, where));
           if constexpr (past) {
             write_past(to + i, sum.bits, where);
-            if (!kKeeps) write(copy + i, sum.bits, where);
+            write(copy + i, sum.bits, where);
           } else {
             write(to + i, sum.bits, where);
           }
-          return deviation(i, where, sum.value);
+          return deviation(sum.value);
         });
       };
       return copies_sum() ? added(std::bool_constant<kWritesPast>{}) : added(std::false_type{});
     }
-    return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return deviation(i, where, load<V>(x + i, where)); });
+    return look(n, [=](int64_t i, auto where) LNC_LAMBDA { return deviation(load<V>(x + i, where)); });
   }
 
   bool is_lost(const Look& first) const {
     return std::is_same_v<T, bf16> && p.residual && !(first.squares < kMostSquares);
   }
 
-  Moments moments_of(int64_t row, int64_t chunk, A pivot, A* kept) const {
+  Moments moments_of(int64_t row, int64_t chunk, A pivot, T* copy) const {
     constexpr bool centred = N == Norm::layer;
-    Look first = over_lanes(chunk_size(chunk), first_look<centred>(row, chunk, pivot, kept));
+    Look first = over_lanes(chunk_size(chunk), first_look<centred>(row, chunk, pivot, copy));
     if (LNC_UNLIKELY(is_lost(first)))
-      first = over_lanes(chunk_size(chunk), first_look<centred, false>(row, chunk, pivot, kept));
-    return moments_of(row, chunk, pivot, kept, first);
+      first = over_lanes(chunk_size(chunk), first_look<centred, false>(row, chunk, pivot, copy));
+    return moments_of(row, chunk, pivot, copy, first);
   }
 
-  Moments moments_of(int64_t row, int64_t chunk, A pivot, const A* kept, const Look& first) const {
+  Moments moments_of(int64_t row, int64_t chunk, A pivot, const T* copy, const Look& first) const {
     const int64_t n = chunk_size(chunk);
     if (N == Norm::rms || is_near(n, first)) return moments(n, first);
-    if constexpr (kKeeps)
-      return second_look(n, first.mean, Buffer<V, A>{kept});
-    else
-      return second_look(n, first.mean, Again{source(row, kept) + chunk * kChunk, set<V>(pivot)});
+    return second_look(n, first.mean, Again{source(row, copy) + chunk * kChunk, set<V>(pivot)});
   }
 
   // Of a row of one chunk, after a first look. In place: returned, they would be copied in pieces wider than those they
   // were written in, and wait for the stores.
-  LNC_INLINE void set_terms(Terms& t, int64_t row, A pivot, const LaneLook& lanes, A* kept) const {
+  LNC_INLINE void set_terms(Terms& t, int64_t row, A pivot, const LaneLook& lanes, T* copy) const {
     const Look first = over_lanes(p.cols, lanes);
     if (LNC_UNLIKELY(!is_near(p.cols, first))) {
-      t = terms_of_far(row, pivot, first, kept);
+      t = terms_of_far(row, pivot, first, copy);
     } else {
       t = scaled(pivot, moments(p.cols, first), 1);
       save(row, t);
@@ -226,11 +258,11 @@ class Forward {
   // Of rows that lie side by side, the same.
   using Lanes = std::make_integer_sequence<int, kTogether>;
   template <int... i>
-  LNC_INLINE void set_terms(Terms* t, int64_t row, const A* pivots, const LaneLook* lanes, A* kept,
+  LNC_INLINE void set_terms(Terms* t, int64_t row, const A* pivots, const LaneLook* lanes, T* copy,
                             std::integer_sequence<int, i...>) const {
     const LookOf<Together> first = over_lanes<Together>(p.cols, lanes[i]...);
     if (LNC_UNLIKELY(!all(is_near(p.cols, first)))) {
-      (set_terms(t[i], row + i, pivots[i], lanes[i], kept + i * padded(p.cols)), ...);
+      (set_terms(t[i], row + i, pivots[i], lanes[i], copy + i * padded(p.cols)), ...);
     } else {
       const Together rstd = rstd_of(squares_about_mean(p.cols, first), 1), offset = -first.mean * rstd;
       ((t[i] = {pivots[i], static_cast<A>(lane(rstd, i)), static_cast<A>(lane(offset, i)), lane(first.mean, i)}), ...);
@@ -238,27 +270,28 @@ class Forward {
     }
   }
 
-  LNC_NOINLINE Terms terms_of_far(int64_t row, A pivot, const Look& first, A* kept) const {
+  LNC_NOINLINE Terms terms_of_far(int64_t row, A pivot, const Look& first, T* copy) const {
     if (!is_lost(first) && (N == Norm::rms || pivot != 0))
-      return finish(row, pivot, moments_of(row, 0, pivot, kept, first));
+      return finish(row, pivot, moments_of(row, 0, pivot, copy, first));
     pivot = this->pivot(row);
-    return finish(row, pivot, moments_of(row, 0, pivot, kept));
+    return finish(row, pivot, moments_of(row, 0, pivot, copy));
   }
 
   // Squares are summed in two levels: where all values lie on a coarse grid, as beside a large offset, the rounding
   // errors of one long sum have one sign.
   static constexpr int64_t kBlock = 512;
 
-  template <class Values>
-  static LNC_INLINE LaneLook look(int64_t n, const Values& values) {
+  template <class Values, class Meanwhile = Nothing>
+  static LNC_INLINE LaneLook look(int64_t n, const Values& values, const Meanwhile& meanwhile = {}) {
     Accumulators<V> sums, squares;
     for (int64_t start = 0; start < n; start += kBlock) {
       Accumulators<V> block;
-      sweep<V>(n - start < kBlock ? n - start : kBlock, [&](int64_t i, auto where, int u) LNC_LAMBDA {
+      const auto add = [&](int64_t i, auto where, int u) LNC_LAMBDA {
         const V v = hold(keep(values(start + i, where), where));
         if constexpr (N == Norm::layer) sums.v[u] = sums.v[u] + v;
         block.v[u] = fma(v, v, block.v[u]);
-      });
+      };
+      sweep<V>(n - start < kBlock ? n - start : kBlock, add, meanwhile);
       squares.add(block);
     }
     return {sums.folded(), squares.folded()};
@@ -287,12 +320,13 @@ class Forward {
     return {static_cast<double>(n), l.mean, squares_about_mean(n, l)};
   }
 
-  // At the squared deviations from the mean.
+  // At the deviations from the mean: what is left of them on average is the error of the first look's long sum.
   template <class Values>
   static Moments second_look(int64_t n, double mean, const Values& values) {
-    const V about = set<V>(static_cast<A>(mean));
-    const LaneLook l = look(n, [=](int64_t i, auto where) LNC_LAMBDA { return values(i, where) - about; });
-    return {static_cast<double>(n), mean, sum(l.squares)};
+    const A about = static_cast<A>(mean);
+    const V center = set<V>(about);
+    const Look l = over_lanes(n, look(n, [=](int64_t i, auto where) LNC_LAMBDA { return values(i, where) - center; }));
+    return {static_cast<double>(n), about + l.mean, squares_about_mean(n, l)};
   }
 
   Terms finish(int64_t row, A pivot, const Moments& m) const {
@@ -354,19 +388,17 @@ class Forward {
 
   // A group of rows of one chunk.
   template <class Weights, class Biases>
-  LNC_NOINLINE void normalise_group(int64_t first, int64_t rows, const Terms* terms, const A* kept,
-                                    const Weights& weights, const Biases& biases) const {
+  LNC_NOINLINE void normalise_group(int64_t first, int64_t rows, const Terms* terms, T* copy, const Weights& weights,
+                                    const Biases& biases) const {
     const int64_t stride = padded(p.cols);
     // Rows [r, r + n) are read in one way: values(r) of the function that body is called with.
     const auto with_values = [&](int64_t r, int64_t n, const auto& body) LNC_LAMBDA {
       bool about_zero = true;
       for (int64_t i = r; i < r + n; i++) about_zero = about_zero && terms[i].pivot == 0;
-      if constexpr (kKeeps)
-        body([&](int64_t i) LNC_LAMBDA { return Buffer<V, A>{kept + i * stride}; });
-      else if (about_zero)
-        body([&](int64_t i) LNC_LAMBDA { return Elements<V, T>{source(first + i, kept + i * stride)}; });
+      if (about_zero)
+        body([&](int64_t i) LNC_LAMBDA { return Elements<V, T>{source(first + i, copy + i * stride)}; });
       else
-        body([&](int64_t i) LNC_LAMBDA { return Again{source(first + i, kept + i * stride), set<V>(terms[i].pivot)}; });
+        body([&](int64_t i) LNC_LAMBDA { return Again{source(first + i, copy + i * stride), set<V>(terms[i].pivot)}; });
     };
     int64_t r = 0;
     if constexpr (kConverts && !std::is_same_v<Weights, Constant<V, 1>>)
@@ -384,14 +416,37 @@ class Forward {
   template <class Values, class Weights, class Biases>
   LNC_NOINLINE void normalise_two(int64_t first, const Terms* terms, const Values& values0, const Values& values1,
                                   const Weights& weights, const Biases& biases) const {
+    sweep<V, 2>(p.cols, columns_of_two(first, terms, values0, values1, weights, biases));
+  }
+
+  // Two rows, and then the terms of the next two, which are looked at meanwhile: what comes from further away is read
+  // while this is computed and written. For each of their columns, two are looked at: of one row, then of the other.
+  template <bool Centred, class Weights, class Biases>
+  LNC_NOINLINE void normalise_two_and_look(int64_t first, Terms* terms, const A* next, const Weights& weights,
+                                           const Biases& biases) const {
+    constexpr int step = kUnroll<V> / 2;
+    const auto two = columns_of_two(first, terms, values<Centred>(first, terms[0].pivot),
+                                    values<Centred>(first + 1, terms[1].pivot), weights, biases);
+    int64_t done = 0;
+    const auto meanwhile = [&]() LNC_LAMBDA {
+      unrolled<step>([&](int u) LNC_LAMBDA { two(done + u * kLanes<V>, Full{}, u); });
+      done += step * kLanes<V>;
+    };
+    for (int i = 0; i < 2; i++) look_at<Centred>(terms[i], first + 2 + i, next[i], meanwhile);
+    sweep<V, 2>(p.cols - done, [&](int64_t i, auto where, int u) LNC_LAMBDA { two(done + i, where, u); });
+  }
+
+  template <class Values, class Weights, class Biases>
+  LNC_INLINE auto columns_of_two(int64_t first, const Terms* terms, const Values& values0, const Values& values1,
+                                 const Weights& weights, const Biases& biases) const {
     const V rstd0 = set<V>(terms[0].rstd), offset0 = set<V>(terms[0].offset);
     const V rstd1 = set<V>(terms[1].rstd), offset1 = set<V>(terms[1].offset);
     O *const y0 = static_cast<O*>(p.output) + first * p.cols, *const y1 = y0 + p.cols;
-    sweep<V, 2>(p.cols, [=](int64_t i, auto where, int) LNC_LAMBDA {
+    return [=](int64_t i, auto where, int) LNC_LAMBDA {
       const V w = weights(i, where), b = biases(i, where);
       store(y0 + i, fma(normalised(values0(i, where), rstd0, offset0), w, b), where);
       store(y1 + i, fma(normalised(values1(i, where), rstd1, offset1), w, b), where);
-    });
+    };
   }
 
   static LNC_INLINE V normalised(V v, V rstd, V offset) { return N == Norm::layer ? fma(v, rstd, offset) : v * rstd; }

@@ -566,18 +566,21 @@ constexpr bool starts_line(int u) {
 }
 
 // Calls body(i, where, u) for the vectors of n columns, in one fixed order; u < unroll numbers those that may
-// be in flight together.
-template <int L, class Body, int... u>
-LNC_INLINE void sweep(int64_t n, const Body& body, std::integer_sequence<int, u...>) {
+// be in flight together. And meanwhile(), before each round of that many.
+struct Nothing {
+  LNC_INLINE void operator()() const {}
+};
+template <int L, class Body, class Meanwhile, int... u>
+LNC_INLINE void sweep(int64_t n, const Body& body, const Meanwhile& meanwhile, std::integer_sequence<int, u...>) {
   constexpr int unroll = sizeof...(u);
   int64_t i = 0;
-  for (; i + unroll * L <= n; i += unroll * L) (body(i + u * L, Full{}, u), ...);
+  for (; i + unroll * L <= n; i += unroll * L) meanwhile(), (body(i + u * L, Full{}, u), ...);
   for (; i + L <= n; i += L) body(i, Full{}, 0);
   if (i < n) body(i, Part{static_cast<int>(n - i)}, unroll - 1);
 }
-template <class V, int unroll = kUnroll<V>, class Body>
-LNC_INLINE void sweep(int64_t n, const Body& body) {
-  sweep<kLanes<V>>(n, body, std::make_integer_sequence<int, unroll>{});
+template <class V, int unroll = kUnroll<V>, class Body, class Meanwhile = Nothing>
+LNC_INLINE void sweep(int64_t n, const Body& body, const Meanwhile& meanwhile = {}) {
+  sweep<kLanes<V>>(n, body, meanwhile, std::make_integer_sequence<int, unroll>{});
 }
 
 template <class Body, int... u>

@@ -290,9 +290,10 @@ int main(int argc, char** argv) {
   constexpr DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16, f64 = DType::f64;
   const DType combinations[][3] = {{f64, f64, f64}, {f32, f32, f32},    {f16, f16, f16},   {f16, f32, f16},
                                    {f16, f32, f32}, {bf16, bf16, bf16}, {bf16, f32, bf16}, {bf16, f32, f32}};
-  const int64_t shapes[][2] = {{1, 1},    {3, 1},    {5, 2},     {7, 3},    {2, 7},     {4, 8},    {3, 15},   {6, 16},
-                               {9, 17},   {3, 31},   {40, 33},   {5, 64},   {2, 100},   {70, 129}, {3, 769},  {2, 4096},
-                               {1, 4097}, {3, 9001}, {13, 5000}, {700, 40}, {300, 520}, {35, 96},  {17, 2000}};
+  const int64_t shapes[][2] = {{1, 1},   {3, 1},     {5, 2},    {7, 3},    {2, 7},     {4, 8},    {3, 15},
+                               {6, 16},  {9, 17},    {3, 31},   {40, 33},  {5, 64},    {2, 100},  {70, 129},
+                               {7, 769}, {2, 4096},  {1, 4097}, {3, 9001}, {13, 5000}, {700, 40}, {300, 520},
+                               {35, 96}, {17, 2000}, {6, 1030}, {9, 4095}};
   const auto run_shapes = [&] {
     for (const auto& [dtype, param_dtype, output_dtype] : combinations)
       for (Norm norm : {Norm::layer, Norm::rms})
@@ -309,15 +310,15 @@ int main(int argc, char** argv) {
     for (double offset : {1e2, 1e4, 1e6})
       run({2, cols, f32, f32, f32, Norm::layer, false, false, false, false, false, offset, 1, 1e-5, 7});
   for (DType dtype : {f32, f16, bf16, f64})
-    for (int64_t cols : {7, 8, 33, 1024, 9000})
+    for (int64_t cols : {7, 8, 33, 1024, 2050, 9000})
       for (double offset : {0.9, -1.1, 1.9, -2.1, 5.0})
         for (bool residual : {false, true})
-          run({4, cols, dtype, dtype, dtype, Norm::layer, true, true, residual, false, false, offset, 1, 0, 7});
+          run({5, cols, dtype, dtype, dtype, Norm::layer, true, true, residual, false, false, offset, 1, 0, 7});
   for (Norm norm : {Norm::layer, Norm::rms})
     for (DType dtype : {f32, bf16, f64})
-      for (int64_t cols : {5, 768, 20000})
+      for (int64_t cols : {5, 768, 1500, 20000})
         for (double size : {1e-30, 1e-22, 1e-19, 1e-12, 1e12, 1e18, 1e19, 1e30})
-          run({3, cols, dtype, dtype, dtype, norm, true, true, size > 1, false, false, 0,
+          run({5, cols, dtype, dtype, dtype, norm, true, true, size > 1, false, false, 0,
                dtype != f64 ? size
                : size > 1   ? size * 1e180
                             : size * 1e-180,
