@@ -79,17 +79,15 @@ struct ForwardPlan {
     const int64_t bytes = elements * (size_of(p.output_dtype) + (2 * arrays - 1) * size_of(p.dtype));
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
-    // Two rows share what is read of the parameters. Where two more are read meanwhile, the caches serve a little
-    // longer; shorter rows are better off in groups.
-    const bool converts = p.dtype != accumulate_type(p.dtype), by_twos = plan.chunks == 1 && !p.residual;
-    const bool may_overlap = by_twos && !converts && p.cols * size_of(p.dtype) > 2048;
-    const bool past = bytes >= (may_overlap ? cache_bytes / 4 * 5 : cache_bytes) && misaligned % 64 == 0;
+    const bool past = bytes >= cache_bytes && misaligned % 64 == 0;
     plan.reach = past ? Reach::past : is_far(elements * size_of(p.dtype)) ? Reach::fetched : Reach::cached;
     plan.past_sum = past && p.residual && plan.chunks == 1 && bytes >= cache_bytes / 4 * 5;
     // Rows that come from memory need their place in the cache for both inputs.
     const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (past ? arrays : 1);
-    plan.group = clamp((8 << 10) / row_bytes, by_twos && converts && !past ? 2 : 1, kMaxGroup);
-    plan.overlaps = may_overlap && !past;
+    // Two rows share what is read of the parameters; of shorter rows, more are better.
+    const bool by_twos = plan.chunks == 1 && !p.residual && !past, converts = p.dtype != accumulate_type(p.dtype);
+    plan.group = clamp((8 << 10) / row_bytes, by_twos && converts ? 2 : 1, kMaxGroup);
+    plan.overlaps = by_twos && !converts && row_bytes > 2048;
     // bfloat16 parameters are widened once for all rows where these are many and what becomes of them stays in the
     // cache.
     const bool widens = p.dtype == DType::bf16 && p.bias && elements >= 1 << 18 && p.cols <= 2048;
