@@ -565,11 +565,12 @@ constexpr bool starts_line(int u) {
   return u * kLanes<typename Computed<T>::Vector> % kLine<T> == 0;
 }
 
-// Calls body(i, where, u) for the vectors of n columns, in one fixed order; u < unroll numbers those that may
-// be in flight together. And meanwhile(), before each round of that many.
 struct Nothing {
   LNC_INLINE void operator()() const {}
 };
+
+// Calls body(i, where, u) for the vectors of n columns, in one fixed order; u < unroll numbers those that may
+// be in flight together. And meanwhile(), before each round of that many.
 template <int L, class Body, class Meanwhile, int... u>
 LNC_INLINE void sweep(int64_t n, const Body& body, const Meanwhile& meanwhile, std::integer_sequence<int, u...>) {
   constexpr int unroll = sizeof...(u);
