@@ -142,7 +142,7 @@ def _extension(build: Build, found: toolkit.Toolkit | None, runtime: Path | None
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     libraries = ["c10", "torch_cpu", "torch_python"]
     apple = sys.platform == "darwin"  # whose clang has no OpenMP: one thread
-    cxx = ["-O3", "-ffp-contract=off", "-g0", "-Wall", "-fvisibility=hidden", *([] if apple else ["-fopenmp"])]
+    cxx = ["-O2", "-ffp-contract=off", "-g0", "-Wall", "-fvisibility=hidden", *([] if apple else ["-fopenmp"])]
     nvcc: list[str] = []
     # at::parallel_for runs on the OpenMP runtime that torch has loaded; -fopenmp here could bring in a second one.
     # clang's calls are not in libgomp, so it has to.

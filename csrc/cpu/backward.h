@@ -100,7 +100,7 @@ class Backward {
     }
   }
 
-  Row row_at(int64_t row) const {
+  LNC_INLINE Row row_at(int64_t row) const {
     const A* stats = static_cast<const A*>(p.stats);
     Row r;
     r.x = row_of<T>(p.input, p.input_rows, row);
@@ -132,7 +132,7 @@ class Backward {
     for (int r = 0; r < block.count; r++) set_means(block.rows[r], sums(block.rows[r], lanes[r]));
   }
 
-  void set_means(Row& r, const Sums& s) const {
+  LNC_INLINE void set_means(Row& r, const Sums& s) const {
     r.minus_mean_g = static_cast<A>(-s.g * inverse_count);
     r.minus_mean_g_xhat = static_cast<A>(-s.g_xhat * inverse_count);
   }
@@ -142,9 +142,9 @@ class Backward {
     return N == Norm::rms ? x * rstd : fma(Centred ? x - pivot : x, rstd, offset);
   }
 
-  Sums sums(const Row& row, int64_t chunk) const { return sums(row, lane_sums(row, chunk)); }
+  LNC_NOINLINE Sums sums(const Row& row, int64_t chunk) const { return sums(row, lane_sums(row, chunk)); }
 
-  Sums sums(const Row& row, const LaneSums& lanes) const {
+  LNC_INLINE Sums sums(const Row& row, const LaneSums& lanes) const {
     const double g = sum(lanes.g), g_x = sum(lanes.g_xhat);
     return is_centred(row) ? Sums{g, g_x} : Sums{g, row.rstd * g_x + row.offset * g};
   }
@@ -152,7 +152,9 @@ class Backward {
   static bool is_centred(const Row& row) { return !kAboutZero || row.pivot != 0; }
 
   LNC_INLINE LaneSums lane_sums(const Row& row, int64_t chunk) const {
-    return is_centred(row) ? lane_sums<true>(row, chunk) : lane_sums<!kAboutZero>(row, chunk);
+    if constexpr (kAboutZero)
+      if (row.pivot == 0) return lane_sums<false>(row, chunk);
+    return lane_sums<true>(row, chunk);
   }
 
   // About zero, x stands for xhat.
@@ -211,11 +213,14 @@ class Backward {
           if constexpr (Db) put(to.bias + begin + i, set<V>(0), where);
         });
       int r = 0;
-      for (; r + 2 <= block.count; r += 2)
-        if (!is_centred(block.rows[r]) && !is_centred(block.rows[r + 1]))
-          columns<2, !kAboutZero, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
-        else
-          columns<2, true, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
+      for (; r + 2 <= block.count; r += 2) {
+        if constexpr (kAboutZero)
+          if (block.rows[r].pivot == 0 && block.rows[r + 1].pivot == 0) {
+            columns<2, false, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
+            continue;
+          }
+        columns<2, true, Dx, Dw, Db, From>(block.rows + r, begin, n, to);
+      }
       if (r < block.count) last_row<Dx, Dw, Db>(block.rows + r, begin, n, to);
     }
   }

@@ -11,13 +11,22 @@ LNC_INLINE const T* row_of(const void* base, const RowMap& map, int64_t row) {
   return static_cast<const T*>(base) + offset;
 }
 
-// Vectors of columns: of elements as they came, or of a buffer of ours.
+// Vectors of columns: of elements as they came, or about a pivot, or of a buffer of ours.
 template <class V, class S>
 struct Elements {
   const S* p;
   template <class Where>
   LNC_INLINE V operator()(int64_t i, Where where) const {
     return load<V>(p + i, where);
+  }
+};
+template <class V, class S>
+struct Deviations {
+  const S* p;
+  V pivot;
+  template <class Where>
+  LNC_INLINE V operator()(int64_t i, Where where) const {
+    return load<V>(p + i, where) - pivot;
   }
 };
 template <class V, class A>
@@ -42,7 +51,7 @@ template <class V>
 struct Accumulators {
   V v[kUnroll<V>] = {};
   LNC_INLINE void add(const Accumulators& other) {
-    for (int u = 0; u < kUnroll<V>; u++) v[u] = v[u] + other.v[u];
+    unrolled<kUnroll<V>>([&](int u) LNC_LAMBDA { v[u] = v[u] + other.v[u]; });
   }
   LNC_INLINE V folded() const {
     if constexpr (kUnroll<V> == 4)

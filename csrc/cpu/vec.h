@@ -81,6 +81,15 @@ struct Part {
   int n;
 };
 
+template <class Body, int... u>
+LNC_INLINE void unrolled(const Body& body, std::integer_sequence<int, u...>) {
+  (body(u), ...);
+}
+template <int unroll, class Body>
+LNC_INLINE void unrolled(const Body& body) {
+  unrolled(body, std::make_integer_sequence<int, unroll>{});
+}
+
 template <class To, class From>
 LNC_INLINE To as(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "as() reinterprets");
@@ -267,7 +276,7 @@ LNC_INLINE double sum_lanes(const V& v) {
   A lanes[kLanes<V>];
   memcpy(lanes, &v, sizeof v);
   double total = 0;
-  for (const A lane : lanes) total += lane;
+  unrolled<kLanes<V>>([&](int i) LNC_LAMBDA { total += lanes[i]; });
   return total;
 }
 LNC_INLINE double sum(F v) { return sum_lanes<float>(v); }
@@ -545,7 +554,7 @@ LNC_INLINE bool has_both_signs(const T* p) {
   constexpr uint64_t signs = size == 2 ? 0x8000800080008000 : size == 4 ? 0x8000000080000000 : 0x8000000000000000;
   uint64_t word[words], any = 0, all = signs;
   memcpy(word, p, sizeof word);
-  for (int i = 0; i < words; i++) any |= word[i], all &= word[i];
+  unrolled<words>([&](int i) LNC_LAMBDA { any |= word[i], all &= word[i]; });
   return (any & signs) != 0 && all != signs;
 #endif
 }
@@ -582,15 +591,6 @@ LNC_INLINE void sweep(int64_t n, const Body& body, const Meanwhile& meanwhile, s
 template <class V, int unroll = kUnroll<V>, class Body, class Meanwhile = Nothing>
 LNC_INLINE void sweep(int64_t n, const Body& body, const Meanwhile& meanwhile = {}) {
   sweep<kLanes<V>>(n, body, meanwhile, std::make_integer_sequence<int, unroll>{});
-}
-
-template <class Body, int... u>
-LNC_INLINE void unrolled(const Body& body, std::integer_sequence<int, u...>) {
-  (body(u), ...);
-}
-template <int unroll, class Body>
-LNC_INLINE void unrolled(const Body& body) {
-  unrolled(body, std::make_integer_sequence<int, unroll>{});
 }
 
 }  // namespace lnc::cpu::LNC_ISA
