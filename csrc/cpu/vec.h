@@ -131,12 +131,41 @@ LNC_INLINE void write_part(S* p, V v, int n) {
     _mm256_mask_storeu_epi8(p, static_cast<uint32_t>(bytes), as<__m256i>(v));
 }
 
-#elif LNC_VECTOR_BYTES == 32
+#else
+struct Quads {
+  uint64_t first, second;
+};
+
+// By powers of two, where there are no masks; and on Zen a masked store costs more than all of these.
+template <class S, class V>
+LNC_INLINE void write_part(S* elements, V v, int n) {
+  char* p = reinterpret_cast<char*>(elements);
+  const int bytes = n * int{sizeof(S)};
+  uint64_t last = 0;  // what is left to write, fewer than eight bytes
+#if LNC_VECTOR_BYTES == 32
+  if constexpr (sizeof(V) == 32) {
+    __m128i half = _mm256_castsi256_si128(as<__m256i>(v));
+    if (bytes & 16) write(p, half), p += 16, half = _mm256_extracti128_si256(as<__m256i>(v), 1);
+    return write_part(p, half, bytes & 15);
+  }
+#endif
+  if constexpr (sizeof(V) == 16) {
+    const auto quads = as<Quads>(v);
+    if (bytes & 8) write(p, quads.first), p += 8;
+    last = bytes & 8 ? quads.second : quads.first;
+  } else if constexpr (sizeof(V) == 8) {
+    last = as<uint64_t>(v);
+  }
+  if (bytes & 4) write(p, static_cast<uint32_t>(last)), p += 4, last >>= 32;
+  if (bytes & 2) write(p, static_cast<uint16_t>(last));
+}
+
+#if LNC_VECTOR_BYTES == 32
 // By words of 32 bits; then an odd last element of 16.
+constexpr uint16_t kLastWord[32] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xffff};
 template <class V, class S>
 LNC_INLINE V read_part(const S* p, int n) {
   using Shorts = std::conditional_t<sizeof(V) == 32, Words, Half>;
-  constexpr uint16_t last[32] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xffff};
   const auto* const from = reinterpret_cast<const int*>(p);
   const int32_t* const mask = kMask + 16 - n * int{sizeof(S)} / 4;
   V v;
@@ -145,35 +174,26 @@ LNC_INLINE V read_part(const S* p, int n) {
   else
     v = as<V>(_mm_maskload_epi32(from, read<__m128i>(mask)));
   if constexpr (sizeof(S) == 2)
-    v = as<V>(as<Shorts>(v) | ((Shorts{} + read<uint16_t>(p + n - 1)) & read<Shorts>(last + 16 - n)));
+    v = as<V>(as<Shorts>(v) | ((Shorts{} + read<uint16_t>(p + n - 1)) & read<Shorts>(kLastWord + 16 - n)));
   return v;
 }
-template <class S, class V>
-LNC_INLINE void write_part(S* p, V v, int n) {
-  auto* const to = reinterpret_cast<int*>(p);
-  const int32_t* const mask = kMask + 16 - n * int{sizeof(S)} / 4;
-  if constexpr (sizeof(V) == 32)
-    _mm256_maskstore_epi32(to, read<__m256i>(mask), as<__m256i>(v));
-  else
-    _mm_maskstore_epi32(to, read<__m128i>(mask), as<__m128i>(v));
-  if constexpr (sizeof(S) == 2) {
-    S elements[sizeof(V) / sizeof(S)];
-    write(elements, v);
-    if (n % 2) p[n - 1] = elements[n - 1];
-  }
-}
-
 #else
 template <class V, class S>
-LNC_INLINE V read_part(const S* p, int n) {
-  S elements[sizeof(V) / sizeof(S)] = {};
-  memcpy(elements, p, n * sizeof(S));
-  return read<V>(elements);
+LNC_INLINE V read_part(const S* elements, int n) {
+  const char* const p = reinterpret_cast<const char*>(elements);
+  const int bytes = n * int{sizeof(S)};
+  const char* end = p + bytes;
+  uint64_t last = 0;
+  if (bytes & 2) end -= 2, last = read<uint16_t>(end);
+  if (bytes & 4) end -= 4, last = last << 32 | read<uint32_t>(end);
+  if constexpr (sizeof(V) == 16)
+    return as<V>(bytes & 8 ? Quads{read<uint64_t>(p), last} : Quads{last, 0});
+  else if constexpr (sizeof(V) == 8)
+    return as<V>(last);
+  else
+    return V{};
 }
-template <class S, class V>
-LNC_INLINE void write_part(S* p, V v, int n) {
-  memcpy(p, &v, n * sizeof(S));
-}
+#endif
 #endif
 
 // Elements of T in a cache line.

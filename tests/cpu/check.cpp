@@ -317,12 +317,17 @@ int main(int argc, char** argv) {
   for (Norm norm : {Norm::layer, Norm::rms})
     for (DType dtype : {f32, bf16, f64})
       for (int64_t cols : {5, 768, 1500, 20000})
-        for (double size : {1e-30, 1e-22, 1e-19, 1e-12, 1e12, 1e18, 1e19, 1e30})
-          run({5, cols, dtype, dtype, dtype, norm, true, true, size > 1, false, false, 0,
-               dtype != f64 ? size
-               : size > 1   ? size * 1e180
-                            : size * 1e-180,
-               0, 7});
+        for (double size : {0.0, 1e-30, 1e-22, 1e-19, 1e-12, 1e12, 1e18, 1e19, 1e30})
+          for (double eps : {0.0, 1e-25})
+            run({5, cols, dtype, dtype, dtype, norm, true, true, size > 1, false, false, 0,
+                 dtype != f64 ? size
+                 : size > 1   ? size * 1e180
+                              : size * 1e-180,
+                 eps, 7});
+  for (DType dtype : {f32, f16, bf16, f64})
+    for (int64_t cols : {1, 5, 768, 5000})
+      for (bool residual : {false, true})  // rows of one value
+        run({9, cols, dtype, dtype, dtype, Norm::layer, true, true, residual, false, false, 3, 0, 1e-5, 7});
   cpu::cache_bytes = 256;  // results go past the caches
   run_shapes();
   printf("%s: %u cases, %d failures\n", kernels.name, count, failures);
