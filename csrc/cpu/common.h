@@ -80,7 +80,9 @@ struct ForwardPlan {
     const auto misaligned = reinterpret_cast<uintptr_t>(p.output) | reinterpret_cast<uintptr_t>(p.sum) |
                             static_cast<uintptr_t>(p.cols * size_of(p.dtype));
     const bool past = bytes >= cache_bytes && misaligned % 64 == 0;
-    plan.reach = past ? Reach::past : is_far(elements * size_of(p.dtype)) ? Reach::fetched : Reach::cached;
+    // Of rows this short, asking costs more than it spares.
+    const bool fetches = is_far(elements * size_of(p.dtype)) && p.cols * size_of(p.dtype) > 256;
+    plan.reach = past ? Reach::past : fetches ? Reach::fetched : Reach::cached;
     plan.past_sum = past && p.residual && plan.chunks == 1 && bytes >= cache_bytes / 4 * 5;
     // Rows that come from memory need their place in the cache for both inputs.
     const int64_t row_bytes = padded(p.cols) * size_of(p.dtype) * (past ? arrays : 1);

@@ -35,7 +35,7 @@ class Statistics {
   const ForwardPlan& plan;
   const double inverse_count = 1.0 / static_cast<double>(p.cols);
   // Sums of squares that may have lost some to underflow; beside such an eps, of no account.
-  const double least_squares = p.eps > 1e-30 ? -1 : 1e-20;
+  const double smallest_squares = p.eps > 1e-30 ? -1 : 1e-20;
 
  public:
   Statistics(const ForwardParams& params, const ForwardPlan& its_plan) : p(params), plan(its_plan) {}
@@ -229,7 +229,7 @@ class Statistics {
   static constexpr double kLeft = kConverts ? 1.25 : 2, kMostSquares = 1e38;
   template <class S>
   LNC_INLINE auto is_near(int64_t n, const LookOf<S>& l) const {
-    const auto in_range = (l.squares > least_squares) & (l.squares < kMostSquares);
+    const auto in_range = (l.squares > smallest_squares) & (l.squares < kMostSquares);
     if constexpr (N == Norm::rms)
       return in_range;
     else
