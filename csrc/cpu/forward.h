@@ -57,11 +57,11 @@ class Forward {
   }
 
   void run_group(int64_t first, int64_t rows) const {
-    alignas(64) T copy[kChunk];
+    alignas(64) T copies[kChunk];
     Terms<A> terms[ForwardPlan::kMaxGroup];
-    statistics.look_at_group(terms, first, rows, copy);
+    statistics.look_at_group(terms, first, rows, copies);
     with_parameters(0, [&](const auto& weights, const auto& biases)
-                           LNC_LAMBDA { normalise_group(first, rows, terms, copy, weights, biases); });
+                           LNC_LAMBDA { normalise_group(first, rows, terms, copies, weights, biases); });
   }
 
   // Long rows: two, and meanwhile a look at the next two, while there are two more. Returns the first row not done.
@@ -140,12 +140,12 @@ class Forward {
 
   // A group of rows of one chunk.
   template <class Weights, class Biases>
-  LNC_NOINLINE void normalise_group(int64_t first, int64_t rows, const Terms<A>* terms, const T* copy,
+  LNC_NOINLINE void normalise_group(int64_t first, int64_t rows, const Terms<A>* terms, const T* copies,
                                     const Weights& weights, const Biases& biases) const {
     int64_t r = 0;
     if constexpr (kConverts && !std::is_same_v<Weights, Constant<V, 1>>)
       for (; plan.reach == Reach::cached && r + 2 <= rows; r += 2) normalise_two(first + r, terms + r, weights, biases);
-    normalise(first + r, rows - r, 0, p.cols, terms + r, copy + r * padded(p.cols), weights, biases);
+    if (r < rows) normalise(first + r, rows - r, 0, p.cols, terms + r, copies + r * padded(p.cols), weights, biases);
   }
 
   // Two rows of 16-bit data, which share the parameters. From far away, rows are better fetched one by one.
@@ -199,40 +199,40 @@ class Forward {
 
   static LNC_INLINE V normalised(V v, V rstd, V offset) { return N == Norm::layer ? fma(v, rstd, offset) : v * rstd; }
 
-  // Columns [begin, end) of rows that are there once more in copy, if their sums have gone past the caches.
+  // Columns [begin, end) of rows, of which copies are read where their sums have gone past the caches.
   template <class Weights, class Biases>
   LNC_INLINE void normalise(int64_t first, int64_t rows, int64_t begin, int64_t end, const Terms<A>* terms,
-                            const T* copy, const Weights& weights, const Biases& biases) const {
+                            const T* copies, const Weights& weights, const Biases& biases) const {
     bool about_zero = true;
     for (int64_t r = 0; r < rows; r++) about_zero &= terms[r].pivot == 0;
-    about_zero ? normalise<false>(first, rows, begin, end, terms, copy, weights, biases)
-               : normalise<N == Norm::layer>(first, rows, begin, end, terms, copy, weights, biases);
+    about_zero ? normalise<false>(first, rows, begin, end, terms, copies, weights, biases)
+               : normalise<N == Norm::layer>(first, rows, begin, end, terms, copies, weights, biases);
   }
 
   template <bool Centred, class Weights, class Biases>
   LNC_INLINE void normalise(int64_t first, int64_t rows, int64_t begin, int64_t end, const Terms<A>* terms,
-                            const T* copy, const Weights& weights, const Biases& biases) const {
+                            const T* copies, const Weights& weights, const Biases& biases) const {
     if constexpr (kWritesPast)
       if (plan.reach == Reach::past)
-        return normalise<Reach::past, Centred>(first, rows, begin, end, terms, copy, weights, biases);
+        return normalise<Reach::past, Centred>(first, rows, begin, end, terms, copies, weights, biases);
     if (plan.reach == Reach::cached)
-      normalise<Reach::cached, Centred>(first, rows, begin, end, terms, copy, weights, biases);
+      normalise<Reach::cached, Centred>(first, rows, begin, end, terms, copies, weights, biases);
     else
-      normalise<Reach::fetched, Centred>(first, rows, begin, end, terms, copy, weights, biases);
+      normalise<Reach::fetched, Centred>(first, rows, begin, end, terms, copies, weights, biases);
   }
 
   // Meanwhile the next group is fetched, where rows are adjacent.
   template <Reach R, bool Centred, class Weights, class Biases>
   LNC_NOINLINE void normalise(int64_t first, int64_t rows, int64_t begin, int64_t end, const Terms<A>* terms,
-                              const T* copy, const Weights& weights, const Biases& biases) const {
-    const int64_t ahead = plan.group * p.cols, stride = padded(p.cols);
+                              const T* copies, const Weights& weights, const Biases& biases) const {
+    const int64_t ahead = plan.group * p.cols;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = first + r;
       O* const y = static_cast<O*>(p.output) + row * p.cols + begin;
       const T* const x = R == Reach::cached ? nullptr : statistics.input(row) + begin;
       const T* const residual = R != Reach::cached && p.residual ? statistics.residual(row) + begin : x;
       const V rstd = set<V>(terms[r].rstd), offset = set<V>(terms[r].offset);
-      const auto value = values<Centred>(statistics.source(row, copy + r * stride) + begin, terms[r].pivot);
+      const auto value = values<Centred>(statistics.source(row, copies, r) + begin, terms[r].pivot);
       sweep<V>(end - begin, [=](int64_t i, auto where, int u) LNC_LAMBDA {
         if (R != Reach::cached && starts_line<T>(u)) prefetch(x, i + ahead), prefetch(residual, i + ahead);
         store(y + i, fma(normalised(value(i, where), rstd, offset), weights(i, where), biases(i, where)), where,

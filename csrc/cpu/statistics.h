@@ -49,9 +49,11 @@ class Statistics {
   const T* residual(int64_t row) const { return row_of<T>(p.residual, p.residual_rows, row); }
   T* sum_row(int64_t row) const { return static_cast<T*>(p.sum) + row * p.cols; }
   const T* source(int64_t row) const { return p.residual ? sum_row(row) : input(row); }
-  // Of a row whose sum has gone past the caches there is a copy.
+  // Of rows whose sums have gone past the caches there are copies, of which this is the r-th.
   bool copies_sum() const { return kWritesPast && plan.past_sum; }
-  const T* source(int64_t row, const T* copy) const { return copies_sum() ? copy : source(row); }
+  const T* source(int64_t row, const T* copies, int64_t r) const {
+    return copies_sum() ? copies + r * padded(p.cols) : source(row);
+  }
 
   A pivot(int64_t row) const {
     if (N == Norm::rms) return 0;
@@ -66,19 +68,19 @@ class Statistics {
 
   // Terms of short rows, which lie in the first-level cache together, one step for all before the next: independent
   // work for the processor to do while it waits for one row's reductions.
-  LNC_INLINE void look_at_group(Terms<A>* terms, int64_t first, int64_t rows, T* copy) const {
+  LNC_INLINE void look_at_group(Terms<A>* terms, int64_t first, int64_t rows, T* copies) const {
     constexpr int64_t kMax = ForwardPlan::kMaxGroup;
     A pivots[kMax];
     LaneLook looks[kMax];
     const int64_t stride = padded(p.cols);
     for (int64_t r = 0; r < rows; r++) {
       pivots[r] = about(first + r);
-      looks[r] = first_look(first + r, pivots[r], copy + r * stride);
+      looks[r] = first_look(first + r, pivots[r], copies + r * stride);
     }
     int64_t r = 0;
     for (; r + kTogether <= rows; r += kTogether)
-      set_terms(terms + r, first + r, pivots + r, looks + r, copy + r * stride, Lanes{});
-    for (; r < rows; r++) set_terms(terms[r], first + r, pivots[r], looks[r], copy + r * stride);
+      set_terms(terms + r, first + r, pivots + r, looks + r, copies + r * stride, Lanes{});
+    for (; r < rows; r++) set_terms(terms[r], first + r, pivots[r], looks[r], copies + r * stride);
   }
 
   // Terms of a row of one chunk, from values: its deviations from about. Calls meanwhile() between them.
@@ -162,7 +164,7 @@ class Statistics {
     const int64_t n = chunk_size(chunk);
     if constexpr (N == Norm::layer)
       if (!is_near(n, first))
-        return second_look(n, first.mean, Deviations<V, T>{source(row, copy) + chunk * kChunk, set<V>(pivot)});
+        return second_look(n, first.mean, Deviations<V, T>{source(row, copy, 0) + chunk * kChunk, set<V>(pivot)});
     return moments(n, first);
   }
 
