@@ -81,6 +81,7 @@ struct Part {
   int n;
 };
 
+// A loop that is unrolled at every level of optimisation.
 template <class Body, int... u>
 LNC_INLINE void unrolled(const Body& body, std::integer_sequence<int, u...>) {
   (body(u), ...);
