@@ -72,6 +72,13 @@ cudaError_t launch_planned(void (*kernel)(Args), const Plan& plan, cudaStream_t 
                        plan.cooperative);
 }
 
+// Of kernels for whole rows. float64 is for checks: one kernel serves both norms, for they would take as long to
+// compile as each other type's.
+template <class T>
+constexpr Norm whole_norm(Norm norm) {
+  return sizeof(T) == 8 ? Norm::any : norm;
+}
+
 template <class T>
 ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   ForwardArgs a{};
@@ -81,7 +88,7 @@ ForwardArgs forward_args(const ForwardParams& p, const Plan& plan) {
   a.wide_params = kNarrow<T> && p.param_dtype == accumulate_type(p.dtype);
   a.wide_output = kNarrow<T> && p.output_dtype == accumulate_type(p.dtype);
   const bool narrow = p.weight && !a.wide_params && !a.wide_output;
-  a.plain = narrow && !p.bias == (p.norm == Norm::rms);
+  a.plain = narrow && !p.bias == (whole_norm<T>(p.norm) == Norm::rms);
   a.plain_weight = narrow && !p.bias;
   a.output_aligned = is_aligned(p.output, RowMap::contiguous(p.rows, p.cols), p.rows, size_of(p.output_dtype));
   a.inverse_cols = 1.0 / double(p.cols);
@@ -125,10 +132,6 @@ cudaError_t launch_forward_rows(const ForwardArgs& args, const Plan& plan, cudaS
     case 32:
       if constexpr (wide)
         if (vecs == 4) return launch(forward_rows<T, norm, 32, 4, WHOLE>);
-      if constexpr (sizeof(T) == 8) {
-        if (vecs == 6) return launch(forward_rows<T, norm, 32, 6, WHOLE>);
-        if (vecs == 8) return launch(forward_rows<T, norm, 32, 8, WHOLE>);
-      }
       break;
     case 64:
       if constexpr (sizeof(T) == 4)
@@ -149,8 +152,8 @@ template <class T>
 cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
   const ForwardArgs args = forward_args<T>(p, plan);
   if (!plan.whole) return launch_forward_rows<T, Norm::any, false>(args, plan, stream);
-  return p.norm == Norm::layer ? launch_forward_rows<T, Norm::layer, true>(args, plan, stream)
-                               : launch_forward_rows<T, Norm::rms, true>(args, plan, stream);
+  return p.norm == Norm::layer ? launch_forward_rows<T, whole_norm<T>(Norm::layer), true>(args, plan, stream)
+                               : launch_forward_rows<T, whole_norm<T>(Norm::rms), true>(args, plan, stream);
 }
 
 template <class T, class D>
@@ -230,8 +233,8 @@ cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, cudaStrea
   auto launch_rows = [&] {
     if constexpr (std::is_same<T, D>::value)
       if (plan.whole && p.weight && !args.wide_params)
-        return p.norm == Norm::layer ? launch_backward_rows<T, D, Norm::layer, true>(args, plan, stream)
-                                     : launch_backward_rows<T, D, Norm::rms, true>(args, plan, stream);
+        return p.norm == Norm::layer ? launch_backward_rows<T, D, whole_norm<T>(Norm::layer), true>(args, plan, stream)
+                                     : launch_backward_rows<T, D, whole_norm<T>(Norm::rms), true>(args, plan, stream);
     return launch_backward_rows<T, D, Norm::any, false>(args, plan, stream);
   };
   const cudaError_t status = launch_rows();

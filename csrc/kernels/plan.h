@@ -52,8 +52,6 @@ constexpr Tier kForwardTiers[] = {
     // The same of more float32 elements; 3 packs serve 768 columns without an idle lane.
     {"block", 64, 3, 64, 192, 4, 4, "two warps a row, 3 packs a thread in registers"},
     {"block", 64, 4, 64, 256, 4, 4, "two warps a row, 4 packs a thread in registers"},
-    {"warp", 32, 6, 128, 192, 8, 8, "a warp a row, 6 packs a thread in registers"},
-    {"warp", 32, 8, 128, 256, 8, 8, "a warp a row, 8 packs a thread in registers"},
     // 16 elements a thread while a row leaves too few packs for 32, which share a row's fixed cost among more.
     {"block", kWholeWarps, 4, 512, 768, 8, 4, "a block a row, 4 packs a thread in registers"},
     // Of a long row weight and bias are twice as much, and come from the L2 cache every time: several blocks take the
