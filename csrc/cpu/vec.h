@@ -375,6 +375,10 @@ LNC_INLINE F rounded_sum(F v) {
 }
 LNC_INLINE Pair rounded_sum(Pair v) { return {rounded_sum(v.even), rounded_sum(v.odd)}; }
 
+// The elements of a Pair as they lie in memory as float32.
+struct InOrder {
+  F low, high;
+};
 #ifdef LNC_VECTOR_BYTES
 #if defined(__clang__) || __GNUC__ >= 12
 #define LNC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -386,14 +390,14 @@ LNC_INLINE Pair split(F low, F high, std::integer_sequence<int, i...>) {
   return {LNC_SHUFFLE(low, high, (2 * i)...), LNC_SHUFFLE(low, high, (2 * i + 1)...)};
 }
 template <int... i>
-LNC_INLINE void join(float* p, Pair v, std::integer_sequence<int, i...>) {
+LNC_INLINE InOrder join(Pair v, std::integer_sequence<int, i...>) {
   constexpr int L = sizeof...(i);
-  write(p, LNC_SHUFFLE(v.even, v.odd, (i / 2 + i % 2 * L)...));
-  write(p + L, LNC_SHUFFLE(v.even, v.odd, (L / 2 + i / 2 + i % 2 * L)...));
+  return {LNC_SHUFFLE(v.even, v.odd, (i / 2 + i % 2 * L)...),
+          LNC_SHUFFLE(v.even, v.odd, (L / 2 + i / 2 + i % 2 * L)...)};
 }
 #else
 LNC_INLINE Pair split(F low, F high, std::integer_sequence<int, 0>) { return {low, high}; }
-LNC_INLINE void join(float* p, Pair v, std::integer_sequence<int, 0>) { p[0] = v.even, p[1] = v.odd; }
+LNC_INLINE InOrder join(Pair v, std::integer_sequence<int, 0>) { return {v.even, v.odd}; }
 #endif
 using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
 
@@ -412,20 +416,25 @@ LNC_INLINE void load(const T* p, V& v) {
   v = value(p, read<decltype(stored(p, v))>(p));
 }
 LNC_INLINE F clear_nan(F v) { return as<F>(v != v ? I{} + 0x7fc00000 : as<I>(v)); }
-LNC_INLINE void load(const float* p, Pair& v) {
-  v = split(clear_nan(read<F>(p)), clear_nan(read<F>(p + kLanes<F>)), LaneIndices{});
-}
+LNC_INLINE Pair in_lanes(F low, F high) { return split(clear_nan(low), clear_nan(high), LaneIndices{}); }
+LNC_INLINE void load(const float* p, Pair& v) { v = in_lanes(read<F>(p), read<F>(p + kLanes<F>)); }
 
 template <class V, class S>
 LNC_INLINE void store(S* p, V v, Full) {
   write(p, stored(p, v));
 }
-LNC_INLINE void store(float* p, Pair v, Full) { join(p, v, LaneIndices{}); }
+LNC_INLINE void store(float* p, Pair v, Full) {
+  const InOrder elements = join(v, LaneIndices{});
+  write(p, elements.low), write(p + kLanes<F>, elements.high);
+}
 template <class V, class S>
 LNC_INLINE void store_past(S* p, V v) {
   write_past(p, stored(p, v));
 }
-LNC_INLINE void store_past(float* p, Pair v) { join(p, v, LaneIndices{}); }
+LNC_INLINE void store_past(float* p, Pair v) {
+  const InOrder elements = join(v, LaneIndices{});
+  write_past(p, elements.low), write_past(p + kLanes<F>, elements.high);
+}
 
 template <class V, class S>
 LNC_INLINE V load(const S* p, Full) {
@@ -437,9 +446,8 @@ LNC_INLINE V load(const S* p, Full) {
 template <class V, class S>
 LNC_INLINE V load(const S* p, Part part) {
   if constexpr (std::is_same_v<V, Pair> && std::is_same_v<S, float>) {
-    S elements[kLanes<V>] = {};
-    memcpy(elements, p, part.n * sizeof(S));
-    return load<V>(elements, Full{});
+    constexpr int L = kLanes<F>;
+    return part.n < L ? in_lanes(read_part<F>(p, part.n), F{}) : in_lanes(read<F>(p), read_part<F>(p + L, part.n - L));
   } else {
     return value(p, read_part<decltype(stored(p, V{}))>(p, part.n));
   }
@@ -447,9 +455,10 @@ LNC_INLINE V load(const S* p, Part part) {
 template <class V, class S>
 LNC_INLINE void store(S* p, V v, Part part) {
   if constexpr (std::is_same_v<V, Pair> && std::is_same_v<S, float>) {
-    S elements[kLanes<V>];
-    store(elements, v, Full{});
-    memcpy(p, elements, part.n * sizeof(S));
+    constexpr int L = kLanes<F>;
+    const InOrder elements = join(v, LaneIndices{});
+    if (part.n < L) return write_part(p, elements.low, part.n);
+    write(p, elements.low), write_part(p + L, elements.high, part.n - L);
   } else {
     write_part(p, stored(p, v), part.n);
   }
