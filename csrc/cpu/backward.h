@@ -16,6 +16,9 @@ class Backward {
   static constexpr bool kAboutZero = N == Norm::layer && !std::is_same_v<T, A>;
   static constexpr double kNear = 2;
 
+  // dy is float32, and may be any NaN.
+  static constexpr bool kAnyNan = std::is_same_v<T, bf16> && !std::is_same_v<T, O>;
+
   // What the columns of a row need to know of it.
   struct Row {
     const T* x;
@@ -263,6 +266,7 @@ class Backward {
           const V projected = fma(minus_mean_g_xhat[r], xhat, g);
           V dx = rstd[r] * projected;
           if (LNC_UNLIKELY(adds)) dx = fma(rstd[r], projected, load<V>(row[r].grad_sum + j, where));
+          if constexpr (kAnyNan) dx = clear_nan(dx);
           put_dx(r, dx);
         }
       });

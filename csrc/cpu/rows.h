@@ -103,7 +103,7 @@ auto* parameter(const Params& p, ParallelFor parallel, const void* from, double 
       put(to + j,
           !from                      ? set<V>(static_cast<A>(absent))
           : p.param_dtype == p.dtype ? load<V>(static_cast<const T*>(from) + j, where)
-                                     : load<V>(static_cast<const A*>(from) + j, where),
+                                     : clear_nan(load<V>(static_cast<const A*>(from) + j, where)),
           where);
     });
   });

@@ -367,6 +367,11 @@ LNC_INLINE U to_bf16(Pair v) {
 #endif
 }
 
+// From float32 values, as to_bf16 wants NaN to be.
+LNC_INLINE F clear_nan(F v) { return as<F>(v != v ? I{} + 0x7fc00000 : as<I>(v)); }
+LNC_INLINE Pair clear_nan(Pair v) { return {clear_nan(v.even), clear_nan(v.odd)}; }
+LNC_INLINE D clear_nan(D v) { return v; }
+
 // The same for a sum of two bfloat16 values, as a value (Veltkamp): exact where it is subnormal, for then it has no
 // bits to lose; not finite from 2^111 on, where the product is not.
 LNC_INLINE F rounded_sum(F v) {
@@ -387,7 +392,13 @@ struct InOrder {
 #endif
 template <int... i>
 LNC_INLINE Pair split(F low, F high, std::integer_sequence<int, i...>) {
+#if LNC_VECTOR_BYTES == 32
+  // By quarters first: no instruction takes single elements from anywhere in two registers.
+  const F a = LNC_SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11), b = LNC_SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+  return {LNC_SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14), LNC_SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15)};
+#else
   return {LNC_SHUFFLE(low, high, (2 * i)...), LNC_SHUFFLE(low, high, (2 * i + 1)...)};
+#endif
 }
 template <int... i>
 LNC_INLINE InOrder join(Pair v, std::integer_sequence<int, i...>) {
@@ -400,6 +411,8 @@ LNC_INLINE Pair split(F low, F high, std::integer_sequence<int, 0>) { return {lo
 LNC_INLINE InOrder join(Pair v, std::integer_sequence<int, 0>) { return {v.even, v.odd}; }
 #endif
 using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
+LNC_INLINE Pair in_lanes(F low, F high) { return split(low, high, LaneIndices{}); }
+LNC_INLINE InOrder in_order(Pair v) { return join(v, LaneIndices{}); }
 
 // A vector as it lies in memory, and what it is there.
 LNC_INLINE F stored(const float*, F v) { return v; }
@@ -415,8 +428,6 @@ template <class T, class V>
 LNC_INLINE void load(const T* p, V& v) {
   v = value(p, read<decltype(stored(p, v))>(p));
 }
-LNC_INLINE F clear_nan(F v) { return as<F>(v != v ? I{} + 0x7fc00000 : as<I>(v)); }
-LNC_INLINE Pair in_lanes(F low, F high) { return split(clear_nan(low), clear_nan(high), LaneIndices{}); }
 LNC_INLINE void load(const float* p, Pair& v) { v = in_lanes(read<F>(p), read<F>(p + kLanes<F>)); }
 
 template <class V, class S>
@@ -424,7 +435,7 @@ LNC_INLINE void store(S* p, V v, Full) {
   write(p, stored(p, v));
 }
 LNC_INLINE void store(float* p, Pair v, Full) {
-  const InOrder elements = join(v, LaneIndices{});
+  const InOrder elements = in_order(v);
   write(p, elements.low), write(p + kLanes<F>, elements.high);
 }
 template <class V, class S>
@@ -432,7 +443,7 @@ LNC_INLINE void store_past(S* p, V v) {
   write_past(p, stored(p, v));
 }
 LNC_INLINE void store_past(float* p, Pair v) {
-  const InOrder elements = join(v, LaneIndices{});
+  const InOrder elements = in_order(v);
   write_past(p, elements.low), write_past(p + kLanes<F>, elements.high);
 }
 
@@ -456,7 +467,7 @@ template <class V, class S>
 LNC_INLINE void store(S* p, V v, Part part) {
   if constexpr (std::is_same_v<V, Pair> && std::is_same_v<S, float>) {
     constexpr int L = kLanes<F>;
-    const InOrder elements = join(v, LaneIndices{});
+    const InOrder elements = in_order(v);
     if (part.n < L) return write_part(p, elements.low, part.n);
     write(p, elements.low), write_part(p + L, elements.high, part.n - L);
   } else {
