@@ -7,12 +7,14 @@ optimizer, a list, a hook) still holds the right one. ``nn.LayerNorm`` and ``nn.
 and its own methods keep working, whose forward is ours; and only after it has been run beside ours and agreed.
 """
 
+import copy
 import inspect
 import itertools
 import math
 import re
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +34,8 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2**-9, to
 _HALF = (torch.float16, torch.bfloat16)
 _LONGEST_PROBE = 2**20
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0)  # for classes that write it into their forward
+_LEADING = ((6,), (2, 3), (1, 6), (1, 2, 3), (1, 2, 1, 3))  # dimensions before a row's
+_CONTAINERS = (list, dict, set, deque)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _BEFORE = "_layernorm_cuda_before"
 _FAST_PATH = (
@@ -63,6 +67,9 @@ def replace_norms(model: nn.Module) -> list[Replacement]:
     and a bias if, on probes in float32, float16 and bfloat16, it computes what ours computes, gradients included:
     the transformers' norms (T5, Llama, Mistral, Qwen, Gemma, ...), Apex's, Liger's and your own. Parameters, buffers,
     hooks, flags and ``state_dict`` stay what and where they are.
+
+    To find out, its own forward is run on a copy of it, on inputs of one to four dimensions before those of a row. It
+    counts what its attributes are now: eps and parameters may change later, what else forward asks for may not.
 
     Returns one :class:`Replacement` for each module replaced, and for each that looks like a norm and was left alone
     (``replaced=False``) with the reason. A module under several names is listed under its first.
@@ -147,13 +154,27 @@ def _counterpart(module: nn.Module, recognised: dict) -> tuple[type | None, str]
         return RMSNorm, ""
     if any(map(is_lazy, _tensors(module).values())):
         return None, "its parameters are not initialised yet"
-    own = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+    # A long tensor's repr leaves out most of it: what is not plain is equal to itself alone.
+    own = {name: value if _is_plain(value) else id(value) for name, value in _own_attributes(module).items()}
     tensors = [(name, t.shape, t.device) for name, t in _tensors(module).items()]
     key = repr((id(kind), own, tensors))
     if key not in recognised:
-        recognised[key] = _recognise(module)
+        try:
+            recognised[key] = _recognise(module)
+        except Exception as error:  # under a mode of PyTorch's in which values cannot be looked at
+            recognised[key] = None, f"could not be tried here: {type(error).__name__}"
     recipe, reason = recognised[key]
     return (None, reason) if recipe is None else (_converted(kind, recipe), "")
+
+
+def _own_attributes(module: nn.Module) -> dict[str, object]:
+    return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -216,7 +237,11 @@ class Converted:
     recipe: Recipe
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
-        (x,) = (*args, *named.values())
+        if named or len(args) != 1:
+            args = tuple(inspect.signature(super().forward).bind(*args, **named).arguments.values())
+        (x,) = args
+        if isinstance(x, torch.fx.Proxy):
+            return super().forward(x)
         if not self.recipe.autocast and x.is_cuda and torch.is_autocast_enabled("cuda"):
             return super().forward(x)
         return self.recipe(self, x)
@@ -254,7 +279,7 @@ def _recognise(module: nn.Module) -> tuple[Recipe | None, str]:
     if math.prod(own) > _LONGEST_PROBE:
         return None, f"its parameters have more than {_LONGEST_PROBE} elements, which is too much to try"
     shape = _row(own)
-    if 1 in shape[1:]:
+    if 1 in shape:
         return None, f"its parameters, of shape {own}, may be meant for rows of more elements than they have"
 
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
@@ -308,19 +333,24 @@ class _Probe:
         return (self.noise + 0.5) * scale.reshape(-1, *[1] * len(self.shape))
 
     def _copy(self, tensors, training):
-        copy = object.__new__(type(self.module))
+        twin = object.__new__(type(self.module))
         missing = dict.fromkeys([*self.module._parameters, *self.module._buffers])
-        copy.__dict__.update(vars(self.module))
-        copy.__dict__.update(_parameters={**missing, **tensors}, _buffers={}, training=training)
-        return copy
+        twin.__dict__.update(vars(self.module))
+        own = _own_attributes(self.module).items()
+        twin.__dict__.update({name: copy.copy(value) for name, value in own if isinstance(value, _CONTAINERS)})
+        twin.__dict__.update(_parameters={**missing, **tensors}, _buffers={}, training=training)
+        return twin
 
     def _run(self, forward, x, dtype, training):
         """(output, gradients of the input and of the parameters)"""
         tensors = {name: t.to(dtype, copy=True).requires_grad_() for name, t in self.tensors.items()}
-        copy = self._copy(tensors, training)
-        x, before = x.clone().requires_grad_(), dict(vars(copy))
-        output = forward(copy, x)
-        self.changed.update(name for name, value in vars(copy).items() if value is not before.get(name, copy))
+        twin = self._copy(tensors, training)
+        x, before = x.clone().requires_grad_(), dict(vars(twin))
+        sizes = {name: len(value) for name, value in before.items() if isinstance(value, _CONTAINERS)}
+        output = forward(twin, x)
+        for name, value in vars(twin).items():
+            if value is not before.get(name, twin) or (name in sizes and len(value) != sizes[name]):
+                self.changed.add(name)
         if not output.requires_grad or output.shape != x.shape:
             return output, ()
         upstream = self.noise.flip(0).reshape(x.shape).to(output.dtype)
@@ -360,13 +390,13 @@ class _Probe:
         return bool(((a - b).abs() <= _TOLERANCE[dtype] * largest).all())
 
     def confirm(self, recipe: Recipe) -> tuple[Recipe | None, str]:
-        """The recipe with the rule of its output's dtype, if it holds for every rank, mode and dtype."""
-        for leading, training in itertools.product(((6,), (2, 3), (1, 2, 3)), (False, True)):
+        """The recipe with the rule of its output's dtype, if it holds for all ranks tried, modes and dtypes."""
+        for leading, training in itertools.product(_LEADING, (False, True)):
             if not self.agrees(recipe, torch.float32, leading=leading, training=training):
                 mode = "training" if training else "inference"
                 return None, f"differs from ours on an input of shape {(*leading, *self.shape)} in {mode}"
         if self.changed:
-            return None, f"its forward sets attributes: {', '.join(sorted(self.changed))}"
+            return None, f"its forward changes attributes: {', '.join(sorted(self.changed))}"
         for rule in _OUTPUT_DTYPES:
             known = replace(recipe, output=rule)
             if all(self.agrees(known, x, weight) for x in _DTYPES for weight in _DTYPES):

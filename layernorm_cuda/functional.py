@@ -53,7 +53,7 @@ def layer_norm(
         return handle_torch_function(layer_norm, (input, weight, bias), input, normalized_shape, **arguments)
     try:
         if not _is_ours(input):
-            return torch.layer_norm(input, normalized_shape, weight, bias, eps)
+            return _native(input, normalized_shape, weight, bias, eps, False)
         return _norm(input, None, normalized_shape, weight, bias, eps, False)[0]
     except (TypeError, AttributeError, RuntimeError):
         _explain("layer_norm", normalized_shape, eps, input=input, weight=weight, bias=bias)
@@ -76,7 +76,7 @@ def rms_norm(
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
         if not _is_ours(input):
-            return torch.rms_norm(input, normalized_shape, weight, eps)
+            return _native(input, normalized_shape, weight, None, eps, True)
         return _norm(input, None, normalized_shape, weight, None, eps, True)[0]
     except (TypeError, AttributeError, RuntimeError):
         _explain("rms_norm", normalized_shape, 0.0 if eps is None else eps, input=input, weight=weight)
@@ -112,7 +112,7 @@ def add_layer_norm(
             raise TypeError
         if not _is_ours(input):
             total = input + residual
-            return torch.layer_norm(total, normalized_shape, weight, bias, eps), total
+            return _native(total, normalized_shape, weight, bias, eps, False), total
         return _norm(input, residual, normalized_shape, weight, bias, eps, False)
     except (TypeError, AttributeError, RuntimeError):
         _explain("add_layer_norm", normalized_shape, eps, input=input, residual=residual, weight=weight, bias=bias)
@@ -145,7 +145,7 @@ def add_rms_norm(
             raise TypeError
         if not _is_ours(input):
             total = input + residual
-            return torch.rms_norm(total, normalized_shape, weight, eps), total
+            return _native(total, normalized_shape, weight, None, eps, True), total
         return _norm(input, residual, normalized_shape, weight, None, eps, True)
     except (TypeError, AttributeError, RuntimeError):
         eps = 0.0 if eps is None else eps
@@ -155,6 +155,8 @@ def add_rms_norm(
 
 def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None):
     """(output, sum), differentiable: what `_ops.norm`, tried first, has not taken as it was."""
+    if isinstance(eps, Tensor) and eps.requires_grad:
+        raise TypeError("eps has no gradient")
     if rms:
         eps = _rms_eps(input, eps, residual)
     if dtype is None and input.is_cuda and input.dtype in _HALF and torch.is_autocast_enabled("cuda"):
@@ -175,15 +177,23 @@ def _norm(input, residual, normalized_shape, weight, bias, eps, rms, dtype=None)
 def norm_to(dtype, input, normalized_shape, weight, bias, eps, rms):
     """Layer or RMS normalisation with an output of any ``dtype``, rounded once; for ``convert.py``."""
     if not _is_ours(input):
-        if any(t is not None and t.dtype != input.dtype for t in (weight, bias)):  # which PyTorch's own may refuse
-            wide = accumulate_dtype(input.dtype)
-            input, weight, bias = (t if t is None else t.to(wide) for t in (input, weight, bias))
-        if rms:
-            return torch.rms_norm(input, normalized_shape, weight, eps).to(dtype)
-        return torch.layer_norm(input, normalized_shape, weight, bias, eps).to(dtype)
+        return _native(input, normalized_shape, weight, bias, eps, rms, dtype)
     wide = accumulate_dtype(input.dtype)
     output, _ = _norm(input, None, normalized_shape, weight, bias, eps, rms, dtype if dtype == input.dtype else wide)
     return output.to(dtype)
+
+
+def _native(input, normalized_shape, weight, bias, eps, rms, dtype=None):
+    """PyTorch's own kernel, with an output of ``dtype`` if one is given, else of its choice."""
+    mixed = isinstance(input, Tensor) and any(isinstance(t, Tensor) and t.dtype != input.dtype for t in (weight, bias))
+    if mixed:  # which it may refuse
+        dtype, wide = dtype or input.dtype, accumulate_dtype(input.dtype)
+        input, weight, bias = (t if t is None else t.to(wide) for t in (input, weight, bias))
+    if rms:
+        output = torch.rms_norm(input, normalized_shape, weight, eps)
+    else:
+        output = torch.layer_norm(input, normalized_shape, weight, bias, eps)
+    return output if dtype is None else output.to(dtype)
 
 
 def _rms_eps(input, eps, residual):
@@ -234,7 +244,7 @@ def _explain(name, normalized_shape, eps, **tensors):
             raise TypeError(
                 f"{name}: normalized_shape must be a tuple of ints, got a {type(size).__name__} in it"
             ) from None
-    if not hasattr(eps, "__float__") or (isinstance(eps, Tensor) and eps.numel() != 1):
+    if not hasattr(eps, "__float__") or (isinstance(eps, Tensor) and (eps.numel() != 1 or eps.requires_grad)):
         raise TypeError(f"{name}: eps must be a number, not {type(eps).__name__}") from None
 
 

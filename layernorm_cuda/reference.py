@@ -51,13 +51,15 @@ def norm_forward(input, residual, normalized_shape, weight, bias, eps, rms, save
     rstd = torch.where(ordinary > 1e-30, ordinary.rsqrt(), scale * (scaled + eps * scale * scale).rsqrt())
     rstd = torch.where(ordinary == math.inf, scale * scaled.rsqrt(), rstd)
     rstd = torch.where((scaled == 0) & (eps == 0), torch.zeros_like(rstd), rstd)
-    y = centred * rstd
+    leading = total.shape[: total.dim() - len(normalized_shape)]
+    # In total's shape from here on: a view of y could not be modified in place by who gets it.
+    y = centred.reshape(total.shape) * rstd.reshape(*leading, *[1] * len(normalized_shape))
     if weight is not None:
-        y = y * weight.reshape(-1).to(y.dtype)
+        y = y * weight.to(y.dtype)
     if bias is not None:
-        y = y + bias.reshape(-1).to(y.dtype)
+        y = y + bias.to(y.dtype)
     stats = torch.cat([rstd.T] if rms else [shift.T, rstd.T])
-    return y.reshape(total.shape).to(dtype or total.dtype), total, stats
+    return y.to(dtype or total.dtype), total, stats
 
 
 def normalised(input, normalized_shape, stats, rms):

@@ -183,6 +183,9 @@ class LayerNormLSTM(nn.Module):
         if input.dim() not in (2, 3):
             raise ValueError(f"LayerNormLSTM: expected input to be 2D or 3D, got {input.dim()}D instead")
         if input.dim() == 2:
+            if hx is not None and any(state.dim() != 2 for state in hx):
+                found = ", ".join(f"{state.dim()}D" for state in hx)
+                raise RuntimeError(f"LayerNormLSTM: for unbatched 2D input h and c should be 2D too, got {found}")
             hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
             output, (h, c) = self._run(input.unsqueeze(1), hx)
             return output.squeeze(1), (h.squeeze(1), c.squeeze(1))

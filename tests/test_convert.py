@@ -14,6 +14,7 @@ import pytest
 import torch
 from oracle import norm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -125,6 +126,43 @@ class RememberingNorm(nn.LayerNorm):
         return super().forward(x)
 
 
+class AppendingNorm(nn.LayerNorm):
+    def __init__(self, size):
+        super().__init__(size)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.shape)
+        return super().forward(x)
+
+
+class MaskedNorm(nn.RMSNorm):
+    def __init__(self, size, mask):
+        super().__init__(size, eps=1e-6)
+        self.mask = mask
+
+    def forward(self, x):
+        return super().forward(x) * self.mask.to(x.dtype)
+
+
+class VideoNorm(nn.LayerNorm):
+    def forward(self, x):
+        if x.dim() < 5:
+            return super().forward(x)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class OneScale(nn.Module):
+    """A scale and a shift for all columns of rows of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1)), 1e-5
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
+
+
 class DefaultEps(nn.RMSNorm):
     pass
 
@@ -219,7 +257,10 @@ UNKNOWN = {
     "broadcast over positions": (lambda: BroadcastNorm(8, 1, 1), "rows of more elements"),
     "of three dimensions at least": (lambda: BroadcastNorm(1, 1, 8), "something else|differs"),
     "too large to try": (lambda: BroadcastNorm(2**20 + 1), "too much to try"),
-    "remembering": (lambda: RememberingNorm(8), "sets attributes: last"),
+    "remembering": (lambda: RememberingNorm(8), "changes attributes: last"),
+    "appending": (lambda: AppendingNorm(8), "changes attributes: seen"),
+    "of five dimensions another": (lambda: VideoNorm(8), "differs"),
+    "one scale": (OneScale, "rows of more elements"),
     "detached": (lambda: DetachedNorm(8), "something else"),
     "noisy": (lambda: NoisyInTraining(8), "in training"),
     "dtype": (lambda: OtherDtype(8, eps=1e-6), "dtype of the output"),
@@ -286,6 +327,38 @@ def test_called_by_keyword():
     assert torch.equal(module(hidden_states=x), module(x))
 
 
+def test_called_wrongly():
+    module = KNOWN["Llama"]()
+    lnc.replace_norms(module)
+    x = torch.randn(2, 24)
+    for args, named, says in (((), {}, "hidden_states"), ((x, x), {}, "positional"), ((), {"foo": x}, "hidden_states")):
+        with pytest.raises(TypeError, match=says):
+            module(*args, **named)
+
+
+def test_modules_that_differ_in_a_long_tensor():
+    mask = torch.ones(2000)
+    mask[500] = 0
+    model = nn.Sequential(MaskedNorm(2000, torch.ones(2000)), MaskedNorm(2000, mask))
+    assert [report.replaced for report in lnc.replace_norms(model)] == [True, False]
+
+
+def test_where_values_cannot_be_looked_at():
+    model = nn.Sequential(ApexLike(8), nn.LayerNorm(8))
+    with FakeTensorMode():
+        first, second = lnc.replace_norms(model)
+    assert "could not be tried here: DataDependentOutputException" in first.reason
+    assert second.replaced
+
+
+def test_symbolic_trace():
+    model = nn.Sequential(nn.LayerNorm(8), ApexLike(8), nn.RMSNorm(8))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    lnc.replace_norms(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+
+
 @pytest.mark.parametrize(("make", "reason"), UNKNOWN.values(), ids=UNKNOWN)
 def test_left_alone(make, reason):
     module = make()
@@ -296,6 +369,7 @@ def test_left_alone(make, reason):
     assert re.search(reason, report.reason), report.reason
     torch.testing.assert_close(module.state_dict(), state)
     assert f".{kind.__name__} left alone ({report.reason})" in str(report)
+    assert not getattr(module, "seen", ())
 
 
 def test_the_probe_leaves_no_trace():
@@ -319,7 +393,7 @@ def test_the_probe_leaves_no_trace():
         random = torch.get_rng_state()
         with torch.no_grad():
             (report,) = lnc.replace_norms(module)
-        assert report.replaced or report.reason == "its forward sets attributes: calls"
+        assert report.replaced or report.reason == "its forward changes attributes: calls"
         assert report.replaced is not isinstance(module, Counting)
         assert (ran, module.calls, module.weight.grad) == ([], 0, None)
         assert torch.equal(torch.get_rng_state(), random)

@@ -58,6 +58,7 @@ LAYER_ONLY = {
     "eps str": ((X, (4,), None, None, "1e-5"), ["eps", "str"]),
     "eps complex": ((X, (4,), None, None, 1j), ["eps", "complex"]),
     "eps Tensor of two": ((X, (4,), None, None, torch.ones(2)), ["eps", "Tensor"]),
+    "eps to be learned": ((X, (4,), None, None, torch.tensor(1e-5, requires_grad=True)), ["eps", "Tensor"]),
     "an argument too few": ((X,), []),
     "an argument too many": ((X, (4,), None, None, 1e-5, True, 0), []),
 }

@@ -48,6 +48,14 @@ def test_torchscript_trace(differentiable):
     torch.testing.assert_close(reloaded(script)(x), module(x))
 
 
+@pytest.mark.parametrize("norm", [lnc.LayerNorm, lnc.RMSNorm])
+def test_torchscript_trace_of_two_dtypes(norm):
+    module, x = norm(8).bfloat16(), torch.randn(3, 8)
+    script = torch.jit.trace(module, x)
+    assert script(x).dtype == module(x).dtype
+    torch.testing.assert_close(script(x), module(x))
+
+
 def test_torchscript_trace_of_a_residual_norm():
     module, x = AddNorm(), torch.randn(3, 8)
     torch.testing.assert_close(reloaded(torch.jit.trace(module, x))(x), module(x))

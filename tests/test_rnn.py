@@ -112,6 +112,11 @@ def test_shapes_are_natives(num_layers, bidirectional, batch_first):
             assert [s.shape for s in states] == [s.shape for s in their_states]
 
 
+def test_states_of_another_rank():
+    with pytest.raises(RuntimeError, match="h and c should be 2D too, got 3D, 3D"):
+        lnc.LayerNormLSTM(5, 6)(torch.randn(4, 5), (torch.zeros(1, 1, 6), torch.zeros(1, 1, 6)))
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_packed_sequences(bidirectional):
     """Each sequence gives what it gives alone, in whatever order they come."""

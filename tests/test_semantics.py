@@ -397,6 +397,17 @@ def test_inputs_are_not_modified(device):
     assert [t._version for t in tensors] == before[1]
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_output_changed_in_place(affine):
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    w = torch.randn(8, requires_grad=True) if affine else None
+    outputs = lnc.layer_norm(x, (8,), w), lnc.rms_norm(x, (8,), w), *lnc.add_layer_norm(x, x, (8,), w)
+    for y in outputs:
+        assert not y._is_view()
+        torch.testing.assert_close(y.detach().relu(), y.relu_().detach())
+        y.sum().backward()
+
+
 def test_change_of_a_saved_tensor_is_noticed():
     x, w = torch.randn(3, 8), torch.randn(8, requires_grad=True)
     y = lnc.layer_norm(x, (8,), w)
