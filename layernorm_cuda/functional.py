@@ -186,7 +186,7 @@ def norm_to(dtype, input, normalized_shape, weight, bias, eps, rms):
 def _native(input, normalized_shape, weight, bias, eps, rms, dtype=None):
     """PyTorch's own kernel, with an output of ``dtype`` if one is given, else of its choice."""
     mixed = isinstance(input, Tensor) and any(isinstance(t, Tensor) and t.dtype != input.dtype for t in (weight, bias))
-    if mixed:  # which it may refuse
+    if mixed and not (dtype is None and _is_autocast(input.device.type)):  # which it may refuse
         dtype, wide = dtype or input.dtype, accumulate_dtype(input.dtype)
         input, weight, bias = (t if t is None else t.to(wide) for t in (input, weight, bias))
     if rms:
@@ -194,6 +194,10 @@ def _native(input, normalized_shape, weight, bias, eps, rms, dtype=None):
     else:
         output = torch.layer_norm(input, normalized_shape, weight, bias, eps)
     return output if dtype is None else output.to(dtype)
+
+
+def _is_autocast(device_type):
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _rms_eps(input, eps, residual):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import cases
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import BF16, DTYPES, F16, F32, F64, close
 from oracle import gradients, truth
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layernorm_cuda as lnc
 from layernorm_cuda import _ops
@@ -395,6 +397,16 @@ def test_inputs_are_not_modified(device):
     lnc.layer_norm(x, shape, w, b).backward(dy)
     assert all(torch.equal(t, v) for t, v in zip(tensors, before[0], strict=True))
     assert [t._version for t in tensors] == before[1]
+
+
+@pytest.mark.parametrize("function", [lnc.layer_norm, lnc.rms_norm])
+def test_dtype_under_cuda_autocast_without_a_device(function):
+    """float32, from kernels of ours or PyTorch's own."""
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_autocast_enabled("cuda", True)  # which the context does not where there is no device
+        x, w = torch.empty(3, 8, dtype=torch.bfloat16, device="cuda"), torch.empty(8, device="cuda")
+        assert function(x, (8,), w).dtype == torch.float32
 
 
 @pytest.mark.parametrize("affine", [False, True])
