@@ -52,7 +52,7 @@ bool read(PyObject* object, bool& to) {
 }
 
 bool read(PyObject* object, double& to) {
-  if (THPVariable_Check(object) && THPVariable_Unpack(object).requires_grad()) return false;
+  if (!PyFloat_Check(object) && THPVariable_Check(object) && THPVariable_Unpack(object).requires_grad()) return false;
   to = PyFloat_AsDouble(object);
   if (to != -1 || !PyErr_Occurred()) return true;
   PyErr_Clear();
