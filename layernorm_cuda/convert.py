@@ -232,14 +232,15 @@ _OUTPUT_DTYPES: dict[str, Callable[[torch.dtype, torch.dtype], torch.dtype]] = {
 
 
 class Converted:
-    """A foreign norm whose forward is ours; the subclasses name their ``recipe`` and the class they stand for."""
+    """A foreign norm whose forward is ours; the subclasses have a ``recipe`` and forward's name for its input."""
 
     recipe: Recipe
+    input_name: str
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
-        if named or len(args) != 1:
-            args = tuple(inspect.signature(super().forward).bind(*args, **named).arguments.values())
-        (x,) = args
+        if len(args) + len(named) != 1 or (named and self.input_name not in named):
+            inspect.signature(super().forward).bind(*args, **named)  # raises what a call of theirs would
+        (x,) = (*args, *named.values())
         if isinstance(x, torch.fx.Proxy):
             return super().forward(x)
         if not self.recipe.autocast and x.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -256,7 +257,9 @@ class Converted:
 
 @cache
 def _converted(kind: type, recipe: Recipe) -> type:
-    return type(f"Fused{kind.__name__}", (Converted, kind), {"recipe": recipe, "__doc__": kind.__doc__})
+    input_name = list(inspect.signature(kind.forward).parameters)[1]
+    attributes = {"recipe": recipe, "input_name": input_name, "__doc__": kind.__doc__}
+    return type(f"Fused{kind.__name__}", (Converted, kind), attributes)
 
 
 def _new_converted(kind: type, recipe: Recipe) -> nn.Module:

@@ -325,6 +325,8 @@ def test_called_by_keyword():
     lnc.replace_norms(module)
     x = torch.randn(2, 24)
     assert torch.equal(module(hidden_states=x), module(x))
+    compiled = torch.compile(lambda x: module(hidden_states=x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), module(x))
 
 
 def test_called_wrongly():
